@@ -1,0 +1,198 @@
+"""Train the model "tiny": a Llama with grouped-query attention on the plays, in full precision.
+
+    python data/make_tiny.py      # 40 minutes on two CPU cores, with a C++ compiler; writes data/tiny/
+
+Own byte-level BPE tokenizer; the fourth acts of eleven plays are held out. The model card states the held-out
+perplexity beside that of a Kneser-Ney 3-gram model on the same predicted tokens.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lightlib.texts import HELD_OUT, load_text
+
+FOLDER = Path(__file__).parent / "tiny"
+CONTEXT = 256
+CONFIG = dict(
+    vocab_size=2048,
+    hidden_size=192,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=1024,
+    tie_word_embeddings=True,
+    bos_token_id=0,
+    eos_token_id=0,
+)
+
+
+def make_tokenizer(text: str) -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=CONFIG["vocab_size"],
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([text], trainer)
+    end = "<|endoftext|>"
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end, pad_token=end)
+
+
+def train(ids: torch.Tensor, steps: int, batch: int, peak: float, seed: int, device: str) -> LlamaForCausalLM:
+    """AdamW, warm-up and cosine decay over random windows of `ids`, in float32."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG)).to(device)
+    forward = torch.compile(model)
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    plain = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=peak, betas=(0.9, 0.95), fused=True
+    )
+    warm = steps // 50
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(
+            (step + 1) / warm, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / (steps - warm)))
+        ),
+    )
+    bar = tqdm(range(steps), desc="training", mininterval=20)
+    for step in bar:
+        start = torch.randint(len(ids) - CONTEXT - 1, (batch, 1))
+        window = ids[start + torch.arange(CONTEXT + 1)].to(device)  # (batch, CONTEXT + 1)
+        logits = forward(window[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            bar.set_postfix(nll=f"{loss.item():.3f}", refresh=False)
+    return model.eval().cpu()
+
+
+@torch.no_grad()
+def model_nll(model: LlamaForCausalLM, ids: torch.Tensor) -> float:
+    """Mean nll of the predicted tokens of non-overlapping windows of CONTEXT tokens."""
+    windows = ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)
+    logits = torch.cat([model(w).logits[:, :-1] for w in windows.split(32)])
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
+
+
+def trigram_nll(train_ids: list[int], test_ids: list[int], discount: float = 0.75) -> float:
+    """Interpolated Kneser-Ney 3-gram (Ney et al. 1994) on the same predicted tokens, with unbroken context."""
+    c3 = Counter(zip(train_ids, train_ids[1:], train_ids[2:], strict=False))
+    context, followers = Counter(), Counter()  # c(u, v), and the number of distinct w after (u, v)
+    left2, left1 = defaultdict(set), defaultdict(set)  # distinct words to the left of (v, w), and of w
+    for (u, v, w), n in c3.items():
+        context[u, v] += n
+        followers[u, v] += 1
+        left2[v, w].add(u)
+        left1[w].add(v)
+    pairs, after = Counter(), Counter()  # left contexts of (v, any), distinct w after v
+    for (v, _), left in left2.items():
+        pairs[v] += len(left)
+        after[v] += 1
+    total = sum(map(len, left1.values()))
+    vocabulary = CONFIG["vocab_size"]
+
+    def unigram(w):
+        unseen = discount * len(left1) / total / vocabulary
+        return max(len(left1.get(w, ())) - discount, 0) / total + unseen
+
+    def bigram(v, w):
+        if v not in pairs:
+            return unigram(w)
+        return (max(len(left2.get((v, w), ())) - discount, 0) + discount * after[v] * unigram(w)) / pairs[v]
+
+    def trigram(u, v, w):
+        if (u, v) not in context:
+            return bigram(v, w)
+        return (max(c3[u, v, w] - discount, 0) + discount * followers[u, v] * bigram(v, w)) / context[u, v]
+
+    usable = len(test_ids) // CONTEXT * CONTEXT
+    places = [i for i in range(2, usable) if i % CONTEXT]
+    return -sum(math.log(trigram(*test_ids[i - 2 : i + 1])) for i in places) / len(places)
+
+
+def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, new: int = 90) -> str:
+    torch.manual_seed(1)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    out = model.generate(ids, max_new_tokens=new, do_sample=True, temperature=0.7, top_k=40, pad_token_id=0)
+    return tokenizer.decode(out[0])
+
+
+CARD = """# tiny
+
+A Llama-shaped model with grouped-query attention, trained by `python data/make_tiny.py {flags}` on the plays of
+Shakespeare (public domain; the text "plays" of lightlib, {n_train:,} tokens), in full precision. For widgets, tests
+and lessons that train. Apache-2.0.
+
+| | |
+|---|---|
+| parameters | {parameters:,} (tied embeddings) |
+| layers, d_model, heads, kv heads, d_ff | 4, 192, 6, 2, 512 |
+| vocabulary | 2048, byte-level BPE |
+| training | {steps} steps of {batch} windows of 256 tokens, {epochs:.1f} epochs, {minutes:.0f} minutes on {device} |
+| **held-out perplexity** | **{ppl:.2f}** on {n_test:,} tokens: the fourth acts of {plays} |
+| 3-gram (Kneser-Ney, discount 0.75) on the same predicted tokens | {ppl3:.2f} |
+| perplexity on training windows | {ppl_train:.2f} |
+
+Greedy decoding repeats itself; this was sampled at temperature 0.7, top 40, seed 1:
+
+```
+{sample}
+```
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    flags = parser.parse_args()
+
+    text = load_text("plays", "calibration")
+    tokenizer = make_tokenizer(text)
+    ids = torch.tensor(tokenizer(text).input_ids)
+    test = torch.tensor(tokenizer(load_text("plays", "test")).input_ids)
+    begin = time.time()
+    model = train(ids, flags.steps, flags.batch, flags.lr, flags.seed, flags.device)
+    minutes = (time.time() - begin) / 60
+
+    model.save_pretrained(flags.folder)
+    tokenizer.save_pretrained(flags.folder)
+    model = AutoModelForCausalLM.from_pretrained(flags.folder).eval()  # the card describes what was written
+    card = CARD.format(
+        flags=f"--steps {flags.steps} --batch {flags.batch} --lr {flags.lr} --seed {flags.seed}",
+        n_train=len(ids), n_test=len(test), parameters=model.num_parameters(),
+        steps=flags.steps, batch=flags.batch, epochs=flags.steps * flags.batch * CONTEXT / len(ids),
+        minutes=minutes, device=flags.device, plays=", ".join(p.replace("_", " ") for p in HELD_OUT),
+        ppl=math.exp(model_nll(model, test)), ppl_train=math.exp(model_nll(model, ids[: len(test)])),
+        ppl3=math.exp(trigram_nll(ids.tolist(), test.tolist())),
+        sample=sample(model, tokenizer, "MACBETH.\n"),
+    )  # fmt: skip
+    (flags.folder / "README.md").write_text(card)
+    size = sum(f.stat().st_size for f in flags.folder.iterdir())
+    print(card, json.dumps({"folder_bytes": size}))
+
+
+if __name__ == "__main__":
+    main()
