@@ -1,0 +1,210 @@
+"""The walk over a model's blocks, written once. The only file that hooks a model to watch it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lightlib.compact import CompactLinear
+from lightlib.decoder import find_blocks, linears, use_linear_everywhere
+from lightlib.report import LayerReport
+
+
+class Gram:
+    """G = X^T X (in, in) over all inputs X (tokens, in) of a layer, in float32."""
+
+    def __init__(self, n_in: int, device: torch.device):
+        self.value, self.count = torch.zeros(n_in, n_in, device=device), 0
+
+    def add(self, x: Tensor) -> None:
+        x = x.float()
+        self.value.addmm_(x.T, x)
+        self.count += len(x)
+
+
+class SquaredNorm:
+    """Sum over tokens of each input channel's square (in,)."""
+
+    def __init__(self, n_in: int, device: torch.device):
+        self.value, self.count = torch.zeros(n_in, device=device), 0
+
+    def add(self, x: Tensor) -> None:
+        self.value += x.float().square().sum(0)
+        self.count += len(x)
+
+
+class AbsMax:
+    """Largest magnitude of each input channel (in,)."""
+
+    def __init__(self, n_in: int, device: torch.device):
+        self.value = torch.zeros(n_in, device=device)
+
+    def add(self, x: Tensor) -> None:
+        self.value = torch.maximum(self.value, x.float().abs().amax(0))
+
+
+class Samples:
+    """The first `limit` inputs of a layer (at most limit, in)."""
+
+    limit = 1024
+
+    def __init__(self, n_in: int, device: torch.device):
+        self.value = torch.empty(0, n_in, device=device)
+
+    def add(self, x: Tensor) -> None:
+        self.value = torch.cat([self.value, x.float()[: self.limit - len(self.value)]])
+
+
+@dataclass
+class Block:
+    """One decoder block in the walk, with the inputs that reach it."""
+
+    name: str
+    module: nn.Module
+    inputs: list[Tensor]  # a hidden state (batch, length, d_model) for each batch
+    arguments: list[tuple[tuple, dict]]  # what else the model hands this block, for each batch
+    rows: list[LayerReport] = field(default_factory=list)
+
+    @property
+    def linears(self) -> dict[str, nn.Linear | CompactLinear]:
+        return linears(self.module)
+
+    @torch.no_grad()
+    def run(self) -> list[Tensor]:
+        """The block's outputs as it is now."""
+        return [self.module(x, *args, **named) for x, (args, named) in zip(self.inputs, self.arguments, strict=True)]
+
+    def collect(self, statistic: Callable[[int, torch.device], object], of: tuple[str, ...] | None = None) -> dict:
+        """{linear: statistic of its inputs} from one run over all batches; {} when the walk has no batches."""
+        if not self.inputs:
+            return {}
+        chosen = {name: part for name, part in self.linears.items() if of is None or name in of}
+        found = {name: statistic(part.in_features, self.inputs[0].device) for name, part in chosen.items()}
+        hooks = [
+            part.register_forward_pre_hook(lambda _, args, s=found[name]: s.add(args[0].detach().flatten(0, -2)))
+            for name, part in chosen.items()
+        ]
+        try:
+            self.run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    def replace(self, method: str, name: str, new: CompactLinear, gram: Tensor | None = None, notes: str = ""):
+        """Put `new` where the linear `name` was and note what it costs."""
+        old = self.module.get_submodule(name)
+        before, after = weight_of(old), new.dense()
+        bias = 0 if old.bias is None else old.bias.numel() * old.bias.element_size() * 8
+        bits = old.stored_bits() - bias if isinstance(old, CompactLinear) else before.numel() * old.weight.itemsize * 8
+        self.rows.append(
+            LayerReport(
+                method,
+                f"{self.name}.{name}",
+                (new.out_features, new.in_features),
+                bits,
+                new.stored_bits() - bias,
+                relative_error(before, after.to(before.device), gram),
+                notes or ("" if gram is not None else "error of the weights alone"),
+            )
+        )
+        self.module.set_submodule(name, new.to(before.device))
+
+
+def weight_of(linear: nn.Linear | CompactLinear) -> Tensor:
+    """The layer's weight (out, in) in float32, dense."""
+    return linear.dense() if isinstance(linear, CompactLinear) else linear.weight.detach().float()
+
+
+def relative_error(before: Tensor, after: Tensor, gram: Tensor | None = None) -> float:
+    """||(W - W')X|| / ||WX|| from the inputs' gram X^T X; of the weights alone when `gram` is None."""
+    gone = before - after
+    if gram is None:
+        return (gone.norm() / before.norm().clamp_min(1e-30)).item()
+    lost, whole = ((m @ gram * m).sum().clamp_min(0) for m in (gone, before))
+    return (lost / whole.clamp_min(1e-30)).sqrt().item()
+
+
+@torch.no_grad()
+def stream_blocks(
+    model: nn.Module, batches: list[Tensor] | None = None, *, device=None, progress=True, title="blocks"
+) -> Iterator[Block]:
+    """Walk over the blocks; what a caller changes in one is what feeds the next.
+
+    Each block gets the arguments that the model itself gives it (masks, positions, sliding windows). With `device`,
+    only the block at hand is moved there. Without batches the blocks come without inputs.
+    """
+    blocks = find_blocks(model)
+    hidden, arguments = record(model, blocks, batches) if batches else ([], {name: [] for name in blocks})
+    for name, module in tqdm(blocks.items(), desc=title, unit="block", disable=not progress):
+        home = next(module.parameters(), next(module.buffers(), torch.empty(0))).device
+        there = device or home
+        block = Block(name, module.to(there), move(hidden, there), move(arguments.pop(name), there))
+        yield block
+        hidden = block.run()
+        module.to(home)
+
+
+def record(model: nn.Module, blocks: dict[str, nn.Module], batches: list[Tensor]):
+    """The hidden states that enter the first block, and the arguments that each block is given, for each batch.
+
+    While recording, a block hands its input on unchanged, so this costs an embedding and a mask, no matmul.
+    """
+    hidden, arguments = [], {name: [] for name in blocks}
+    first = next(iter(blocks))
+
+    def stand_in(name):
+        def forward(x, *args, **named):
+            if name == first:
+                hidden.append(x)
+            arguments[name].append((args, named))
+            return x
+
+        return forward
+
+    place = model.get_input_embeddings().weight.device
+    try:
+        for name, block in blocks.items():
+            block.forward = stand_in(name)
+        for ids in batches:
+            model.base_model(ids.to(place), use_cache=False)
+    finally:
+        for block in blocks.values():
+            vars(block).pop("forward", None)
+    return hidden, arguments
+
+
+def move(value, device):
+    """`value` with every tensor in it on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: move(part, device) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(move(part, device) for part in value)
+    return value
+
+
+@contextmanager
+def changing(model: nn.Module, inplace: bool) -> Iterator[nn.Module]:
+    """The model to change: a copy, or with `inplace` the caller's own, put back as it was if the work is broken off."""
+    find_blocks(model)  # refuse an unknown architecture before the copy
+    if not inplace:
+        yield use_linear_everywhere(copy.deepcopy(model))
+        return
+    before = dict(model.named_modules())
+    try:
+        yield use_linear_everywhere(model)
+    except BaseException:
+        now = dict(model.named_modules())
+        for name, part in before.items():
+            if now.get(name) is not part:
+                model.set_submodule(name, part)
+                now = dict(model.named_modules())
+        raise

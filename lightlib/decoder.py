@@ -1,0 +1,172 @@
+"""One view on any Hugging Face decoder. The only file that knows what architectures call their parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from lightlib.compact import CompactLinear
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The names of a family's parts: from the model for the first three, from a block for the others."""
+
+    blocks: str
+    embedding: str
+    final_norm: str
+    attention_norm: str
+    mlp_norm: str  # the attention norm once more, where both branches read one norm
+    attention_in: tuple[str, ...]
+    attention_out: str
+    mlp_in: tuple[str, ...]
+    mlp_out: str
+
+    @property
+    def attention(self) -> tuple[str, ...]:
+        return (*self.attention_in, self.attention_out)
+
+    @property
+    def mlp(self) -> tuple[str, ...]:
+        return (*self.mlp_in, self.mlp_out)
+
+
+LLAMA = Roles(
+    blocks="model.layers",
+    embedding="model.embed_tokens",
+    final_norm="model.norm",
+    attention_norm="input_layernorm",
+    mlp_norm="post_attention_layernorm",
+    attention_in=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    attention_out="self_attn.o_proj",
+    mlp_in=("mlp.gate_proj", "mlp.up_proj"),
+    mlp_out="mlp.down_proj",
+)
+GEMMA2 = replace(LLAMA, mlp_norm="pre_feedforward_layernorm")
+
+FAMILIES = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "gemma": LLAMA,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA2,
+    "phi3": replace(LLAMA, attention_in=("self_attn.qkv_proj",), mlp_in=("mlp.gate_up_proj",)),
+    "phi": replace(
+        LLAMA,
+        final_norm="model.final_layernorm",
+        mlp_norm="input_layernorm",
+        attention_out="self_attn.dense",
+        mlp_in=("mlp.fc1",),
+        mlp_out="mlp.fc2",
+    ),
+    "opt": replace(
+        LLAMA,
+        blocks="model.decoder.layers",
+        embedding="model.decoder.embed_tokens",
+        final_norm="model.decoder.final_layer_norm",
+        attention_norm="self_attn_layer_norm",
+        mlp_norm="final_layer_norm",
+        attention_out="self_attn.out_proj",
+        mlp_in=("fc1",),
+        mlp_out="fc2",
+    ),
+    "gpt2": Roles(
+        blocks="transformer.h",
+        embedding="transformer.wte",
+        final_norm="transformer.ln_f",
+        attention_norm="ln_1",
+        mlp_norm="ln_2",
+        attention_in=("attn.c_attn",),
+        attention_out="attn.c_proj",
+        mlp_in=("mlp.c_fc",),
+        mlp_out="mlp.c_proj",
+    ),
+    "gpt_neox": Roles(
+        blocks="gpt_neox.layers",
+        embedding="gpt_neox.embed_in",
+        final_norm="gpt_neox.final_layer_norm",
+        attention_norm="input_layernorm",
+        mlp_norm="post_attention_layernorm",
+        attention_in=("attention.query_key_value",),
+        attention_out="attention.dense",
+        mlp_in=("mlp.dense_h_to_4h",),
+        mlp_out="mlp.dense_4h_to_h",
+    ),
+}
+
+
+def roles(model: nn.Module) -> Roles:
+    """The roles of the model's family. Raises ValueError for a family that lightlib does not know."""
+    config = getattr(model, "config", None)
+    family = getattr(config, "model_type", type(model).__name__)
+    if getattr(config, "is_encoder_decoder", False) or family not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"{family!r} is not a decoder that lightlib knows; it compresses {known}")
+    if not hasattr(model, "lm_head"):
+        raise ValueError(f"{type(model).__name__} has no language model head; load it with AutoModelForCausalLM")
+    return FAMILIES[family]
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The decoder blocks, first to last, by their name in the model."""
+    path = roles(model).blocks
+    return {f"{path}.{i}": block for i, block in enumerate(model.get_submodule(path))}
+
+
+def linears(module: nn.Module) -> dict[str, nn.Linear | CompactLinear]:
+    """The linear layers in `module`, dense or compact, by their name in it. Weights are (out, in)."""
+    return {name: part for name, part in module.named_modules() if isinstance(part, (nn.Linear, CompactLinear))}
+
+
+def use_linear_everywhere(model: nn.Module) -> nn.Module:
+    """Turn GPT-2's Conv1D layers, which store (in, out), into nn.Linear. In place; changes no output."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, part in list(model.named_modules()):
+        if isinstance(part, Conv1D):
+            n_in, n_out = part.weight.shape
+            linear = nn.Linear(n_in, n_out, device="meta")
+            linear.weight = nn.Parameter(part.weight.detach().T.contiguous(), part.weight.requires_grad)
+            linear.bias = part.bias
+            model.set_submodule(name, linear)
+    return model
+
+
+def untie_head(model: nn.Module) -> nn.Module:
+    """Give the head a weight of its own where it shares the embedding's. In place; changes no output."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is embedding.weight:
+        head.weight = nn.Parameter(embedding.weight.detach().clone(), embedding.weight.requires_grad)
+        model.config.tie_word_embeddings = False
+    return model
+
+
+@torch.no_grad()
+def parameters_by_part(model: nn.Module) -> dict[str, int]:
+    """Number of weights in the embedding, the attention, the MLP, the norms and the rest; tied ones counted once."""
+    names = roles(model)
+    parts = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head"), 0)
+    seen = set()
+    for name, weight in model.named_parameters():
+        if weight.data_ptr() in seen:
+            continue
+        seen.add(weight.data_ptr())
+        inside = name.removeprefix(names.blocks + ".").partition(".")[2]
+        if name.startswith(names.blocks):
+            if inside.startswith(names.attention):
+                parts["attention"] += weight.numel()
+            elif inside.startswith(names.mlp):
+                parts["mlp"] += weight.numel()
+            else:
+                parts["norms"] += weight.numel()
+        elif name.startswith("lm_head"):
+            parts["head"] += weight.numel()
+        elif name.startswith(names.final_norm):
+            parts["norms"] += weight.numel()
+        else:
+            parts["embedding"] += weight.numel()
+    return parts

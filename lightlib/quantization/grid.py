@@ -1,0 +1,134 @@
+"""Integer grids: w is stored as a code q, and read back as scale * (q - zero).
+
+Symmetric:   scale = max|w| / (2^(bits-1) - 1), codes from -(2^(bits-1) - 1) to the same, zero is zero.
+Asymmetric:  scale = (max - min) / (2^bits - 1), codes from 0 to 2^bits - 1, an integer zero point.
+One scale for the tensor, for each output channel (a row of W), or for each group of inputs in a row.
+Jacob et al. 2018, arXiv:1712.05877; groups as in Shen et al. 2020, arXiv:1909.05840.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Int:
+    """A grid of 2^bits integers. `group_size` inputs share a scale; None: a whole row (per channel).
+
+    float_zero: store the group's minimum as a real number instead of an integer zero point (GGUF's Q4_1 does so).
+    """
+
+    bits: int = 4
+    group_size: int | None = None
+    symmetric: bool = False
+    per_tensor: bool = False
+    float_zero: bool = False
+
+    def __post_init__(self):
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits={self.bits}: integer grids have 2 to 8 bits")
+        if self.group_size is not None and (self.group_size < 1 or self.per_tensor):
+            raise ValueError(f"group_size={self.group_size}: give a positive number, and no per_tensor beside it")
+        if self.symmetric and self.float_zero:
+            raise ValueError("a symmetric grid has no minimum to store: float_zero needs symmetric=False")
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return 2**self.bits - 1
+
+    def groups(self, n_in: int, name: str = "weight") -> int:
+        """Number of groups in a row of `n_in` inputs."""
+        g = self.group_size or n_in
+        if n_in % g:
+            raise ValueError(
+                f"{name}: in_features {n_in} is not a multiple of group_size {g}; try {gcd(n_in, g)} or None"
+            )
+        return n_in // g
+
+    def fit(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(scale, zero), each (out, groups), or (1, 1) per tensor. The scale is rounded to 16 bits, as it is stored.
+
+        zero: the code of 0 (2^(bits-1) when symmetric); with float_zero the minimum itself.
+        """
+        W = self._grouped(weight)  # (out, groups, group)
+        low, high = W.amin(-1), W.amax(-1)
+        if self.symmetric:
+            half = self.top // 2
+            scale = sixteen(torch.maximum(high, -low) / half)
+            return scale, torch.full_like(scale, half + 1)
+        if self.float_zero:
+            return sixteen((high - low) / self.top), sixteen(low)
+        low, high = low.clamp_max(0), high.clamp_min(0)  # zero must lie on the grid
+        scale = sixteen((high - low) / self.top)
+        return scale, torch.where(scale > 0, (-low / scale).round(), 0).clamp(0, self.top)
+
+    def round_to_codes(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """The nearest code of each weight: uint8 (out, in)."""
+        W, s, z = self._grouped(weight), scale[..., None], zero[..., None]
+        steps = torch.where(s > 0, (W - z if self.float_zero else W) / s, 0)
+        codes = steps.round() + (0 if self.float_zero else z)
+        return codes.clamp(1 if self.symmetric else 0, self.top).to(torch.uint8).reshape(weight.shape)
+
+    def read(self, codes: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights that the codes stand for (out, in)."""
+        Q, s, z = self._grouped(codes), scale[..., None], zero[..., None]
+        W = Q * s + z if self.float_zero else (Q - z) * s
+        return W.to(dtype).reshape(codes.shape)
+
+    def encode(self, weight: Tensor, name: str = "weight") -> QuantizedWeight:
+        """Round every weight (out, in) to its nearest grid point."""
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{name}: {(~torch.isfinite(weight)).sum()} weights are NaN or infinite; mend them first")
+        self.groups(weight.shape[1], name)
+        scale, zero = self.fit(weight)
+        if not torch.isfinite(scale).all():
+            raise ValueError(f"{name}: a scale of {weight.abs().max():.3g} / {self.top} does not fit 16 bits")
+        return QuantizedWeight(self, self.round_to_codes(weight, scale, zero), scale, zero)
+
+    def _grouped(self, matrix: Tensor) -> Tensor:
+        """(out, in) as float32 (out, groups, group); (1, 1, all) per tensor."""
+        out, n_in = matrix.shape
+        return matrix.float().view(1, 1, -1) if self.per_tensor else matrix.float().view(out, self.groups(n_in), -1)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight on a grid: codes uint8 (out, in), scale and zero (out, groups)."""
+
+    grid: Int
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.grid.read(self.codes, self.scale, self.zero, dtype)
+
+
+def sixteen(x: Tensor) -> Tensor:
+    """`x` as float16 stores it."""
+    return x.half().float()
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes (uint8, any shape) side by side without gaps: 8 codes in `bits` bytes; the last 8 are filled with 0."""
+    flat = codes.flatten()
+    flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8).long()
+    word = (flat << torch.arange(0, 8 * bits, bits, device=flat.device)).sum(1, keepdim=True)
+    return (word >> torch.arange(0, 8 * bits, 8, device=flat.device) & 255).to(torch.uint8).flatten()
+
+
+def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """The codes (uint8) of `shape` that `pack` laid side by side."""
+    if bits == 8:
+        flat = packed
+    elif bits == 4:
+        flat = torch.stack([packed & 15, packed >> 4], 1).flatten()
+    else:
+        word = (packed.view(-1, bits).long() << torch.arange(0, 8 * bits, 8, device=packed.device)).sum(1, keepdim=True)
+        flat = (word >> torch.arange(0, 8 * bits, bits, device=packed.device) & 2**bits - 1).to(torch.uint8).flatten()
+    return flat[: torch.Size(shape).numel()].view(shape)

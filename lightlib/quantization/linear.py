@@ -1,0 +1,143 @@
+"""QuantLinear: a linear layer whose weight is stored as packed integer codes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from lightlib.compact import CompactLinear
+from lightlib.quantization.grid import Int, QuantizedWeight, pack, unpack
+
+ATEN_GROUPS = (256, 128, 64, 32)  # what ATen's 4-bit matmul takes
+
+
+class QuantLinear(CompactLinear):
+    """y = x W^T + b with W (out, in) as codes of `grid.bits` bits, 16-bit scales, and zero points.
+
+    In bfloat16 on a CPU, ATen multiplies the packed codes themselves: up to 4 bits (2 and 3 take the room of 4 in
+    memory) with groups that 32 divides, and 5 to 8 bits with one scale a row. The first such call rearranges the
+    codes for it, once; in every other case the weight is decoded for each call.
+    """
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None):
+        out_features, in_features = weight.codes.shape
+        super().__init__(in_features, out_features, bias)
+        grid = self.grid = weight.grid
+        zero = weight.zero.half() if grid.float_zero else pack(weight.zero.to(torch.uint8), grid.bits)
+        self.register_buffer("codes", pack(weight.codes, grid.bits))
+        self.register_buffer("scale", weight.scale.half())
+        self.register_buffer("zero", None if grid.symmetric else zero)
+        self.register_buffer("layout", None)  # the codes, arranged for ATen; takes the place of `codes`
+        self.register_buffer("layout_scale", None)
+        self.register_buffer("layout_shift", None)
+
+    # what is stored
+    def settings(self) -> dict:
+        return asdict(self.grid)
+
+    @classmethod
+    def empty(cls, in_features, out_features, bias=None, **settings) -> QuantLinear:
+        grid = Int(**settings)
+        scales = (1, 1) if grid.per_tensor else (out_features, grid.groups(in_features))
+        codes = torch.zeros(out_features, in_features, dtype=torch.uint8)
+        return cls(QuantizedWeight(grid, codes, torch.zeros(scales), torch.zeros(scales)), bias)
+
+    def stored(self) -> dict[str, Tensor]:
+        names = ("codes", "scale", "zero", "bias")
+        parts = {name: self._packed_codes() if name == "codes" else getattr(self, name) for name in names}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def stored_bits(self) -> int:
+        codes = -(-self.in_features * self.out_features // 8) * 8 * self.grid.bits
+        rest = [part for part in (self.scale, self.zero, self.bias) if part is not None]
+        return codes + sum(part.numel() * part.element_size() * 8 for part in rest)
+
+    # what is read
+    def quantized(self) -> QuantizedWeight:
+        """The weight as codes (out, in), scale and zero."""
+        grid, scale = self.grid, self.scale.float()
+        codes = unpack(self._packed_codes(), grid.bits, (self.out_features, self.in_features))
+        if grid.symmetric:
+            zero = torch.full_like(scale, grid.top // 2 + 1)
+        else:
+            zero = self.zero.float() if grid.float_zero else unpack(self.zero, grid.bits, scale.shape).float()
+        return QuantizedWeight(grid, codes, scale, zero)
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.quantized().dense(dtype)
+
+    # what is fast
+    def fast_path(self, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+        if torch.device(device).type != "cpu":
+            return "", "there is no packed matmul for this device here, so each call decodes the weight first"
+        if dtype != torch.bfloat16:
+            return "", f"the packed matmuls take bfloat16, not {dtype}: model.to(torch.bfloat16) makes them run"
+        if self.grid.bits > 4:
+            if self.scale.shape[1] == 1:
+                return "aten::_weight_int8pack_mm", ""
+            return "", "ATen's 8-bit matmul takes one scale a row; these groups are decoded for each call"
+        if self.out_features % 16 or not self._aten_group():
+            return "", f"ATen's 4-bit matmul takes groups of {ATEN_GROUPS} and outputs in multiples of 16"
+        return "aten::_weight_int4pack_mm_for_cpu", ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.layout is None and not self.fast_path(x.dtype, x.device)[0]:
+            return super().forward(x)
+        if x.dtype != torch.bfloat16:
+            self._put_back()
+            return super().forward(x)
+        if self.layout is None:
+            self._arrange()
+        flat = x.reshape(-1, self.in_features)
+        if self.grid.bits > 4:
+            y = torch._weight_int8pack_mm(flat, self.layout, self.layout_scale)
+            if self.layout_shift is not None:
+                y = y + flat.sum(1, keepdim=True) * self.layout_shift
+        else:
+            y = torch._weight_int4pack_mm_for_cpu(flat, self.layout, self._aten_group(), self.layout_scale)
+        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _aten_group(self) -> int:
+        """The largest group of ATen's that divides ours, or 0."""
+        ours = self.in_features // self.scale.shape[1] if not self.grid.per_tensor else self.in_features
+        return next((g for g in ATEN_GROUPS if ours % g == 0), 0)
+
+    def _arrange(self) -> None:
+        """Lay the codes out for ATen: w = (q - 8) s + shift in 4 bits, w = (q - 128) s + shift in 8."""
+        weight = self.quantized()
+        scale, zero = (t.expand(self.out_features, -1) for t in (weight.scale, weight.zero))  # (out, groups)
+        middle = 128 if self.grid.bits > 4 else 8
+        shift = zero + middle * scale if self.grid.float_zero else (middle - zero) * scale
+        if self.grid.bits > 4:
+            self.layout = (weight.codes.int() - middle).to(torch.int8)
+            self.layout_scale = scale[:, 0].bfloat16()
+            self.layout_shift = shift[:, 0].bfloat16() if shift.any() else None
+        else:
+            self.layout = torch._convert_weight_to_int4pack_for_cpu(weight.codes.int(), 1)
+            repeats = self.in_features // self._aten_group() // scale.shape[1]
+            pair = torch.stack([scale, shift], -1).repeat_interleave(repeats, 1)  # (out, ATen's groups, 2)
+            self.layout_scale = pair.transpose(0, 1).contiguous().bfloat16()
+        self.codes = None
+
+    def _packed_codes(self) -> Tensor:
+        """The codes as a file holds them, whichever way they lie now."""
+        if self.codes is not None:
+            return self.codes
+        if self.grid.bits > 4:
+            return pack((self.layout.int() + 128).to(torch.uint8), self.grid.bits)
+        # ATen's order of the nibbles is its own affair: with scale 1 and shift 8, identity times the layout reads it
+        eye = torch.eye(self.in_features, dtype=torch.bfloat16)
+        plain = torch.tensor([1.0, 8.0]).bfloat16().expand(self.in_features // 32, self.out_features, 2).contiguous()
+        codes = torch._weight_int4pack_mm_for_cpu(eye, self.layout, 32, plain)  # (in, out)
+        return pack(codes.T.to(torch.uint8), self.grid.bits)
+
+    def _put_back(self) -> None:
+        self.codes, self.layout, self.layout_scale, self.layout_shift = self._packed_codes(), None, None, None
+
+    def _apply(self, fn, recurse=True):
+        if self.layout is not None:
+            self._put_back()
+        return super()._apply(fn, recurse)
