@@ -59,13 +59,17 @@ def train(ids: torch.Tensor, steps: int, batch: int, peak: float, seed: int, dev
     decay = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=peak, betas=(0.9, 0.95), fused=True
+        [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
+        lr=peak,
+        betas=(0.9, 0.95),
+        fused=True,
     )
     warm = steps // 50
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min(
-            (step + 1) / warm, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / (steps - warm)))
+            (step + 1) / warm,
+            0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / (steps - warm))),
         ),
     )
     bar = tqdm(range(steps), desc="training", mininterval=20)
@@ -93,7 +97,7 @@ def model_nll(model: LlamaForCausalLM, ids: torch.Tensor) -> float:
 
 
 def trigram_nll(train_ids: list[int], test_ids: list[int], discount: float = 0.75) -> float:
-    """Interpolated Kneser-Ney 3-gram (Ney et al. 1994) on the same predicted tokens, with unbroken context."""
+    """Interpolated Kneser-Ney 3-gram (Ney et al. 1994) on the same predicted tokens, unbroken context."""
     c3 = Counter(zip(train_ids, train_ids[1:], train_ids[2:], strict=False))
     context, followers = Counter(), Counter()  # c(u, v), and the number of distinct w after (u, v)
     left2, left1 = defaultdict(set), defaultdict(set)  # distinct words to the left of (v, w), and of w
@@ -137,17 +141,17 @@ def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: 
 
 CARD = """# tiny
 
-A Llama-shaped model with grouped-query attention, trained by `python data/make_tiny.py {flags}` on the plays of
-Shakespeare (public domain; the text "plays" of lightlib, {n_train:,} tokens), in full precision. For widgets, tests
-and lessons that train. Apache-2.0.
+A Llama-shaped model with grouped-query attention, trained by `python data/make_tiny.py {flags}` on the plays
+of Shakespeare (public domain; the text "plays" of lightlib, {n_train:,} tokens), in full precision. For
+widgets, tests and lessons that train. Apache-2.0.
 
 | | |
 |---|---|
 | parameters | {parameters:,} (tied embeddings) |
 | layers, d_model, heads, kv heads, d_ff | 4, 192, 6, 2, 512 |
 | vocabulary | 2048, byte-level BPE |
-| training | {steps} steps of {batch} windows of 256 tokens, {epochs:.1f} epochs, {minutes:.0f} minutes on {device} |
-| **held-out perplexity** | **{ppl:.2f}** on {n_test:,} tokens: the fourth acts of {plays} |
+| training | {steps} steps of {batch} windows of 256 tokens, {epochs:.1f} epochs, {minutes:.0f} minutes on
+{device} | | **held-out perplexity** | **{ppl:.2f}** on {n_test:,} tokens: the fourth acts of {plays} |
 | 3-gram (Kneser-Ney, discount 0.75) on the same predicted tokens | {ppl3:.2f} |
 | perplexity on training windows | {ppl_train:.2f} |
 
@@ -160,7 +164,9 @@ Greedy decoding repeats itself; this was sampled at temperature 0.7, top 40, see
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--lr", type=float, default=2e-3)

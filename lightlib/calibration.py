@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -78,16 +80,23 @@ class Block:
     @torch.no_grad()
     def run(self) -> list[Tensor]:
         """The block's outputs as it is now."""
-        return [self.module(x, *args, **named) for x, (args, named) in zip(self.inputs, self.arguments, strict=True)]
+        return [
+            self.module(x, *args, **named)
+            for x, (args, named) in zip(self.inputs, self.arguments, strict=True)
+        ]
 
-    def collect(self, statistic: Callable[[int, torch.device], object], of: tuple[str, ...] | None = None) -> dict:
-        """{linear: statistic of its inputs} from one run over all batches; {} when the walk has no batches."""
+    def collect(
+        self, statistic: Callable[[int, torch.device], object], of: tuple[str, ...] | None = None
+    ) -> dict:
+        """{linear: statistic of its inputs} from a run over all batches; {} where there are none."""
         if not self.inputs:
             return {}
         chosen = {name: part for name, part in self.linears.items() if of is None or name in of}
         found = {name: statistic(part.in_features, self.inputs[0].device) for name, part in chosen.items()}
         hooks = [
-            part.register_forward_pre_hook(lambda _, args, s=found[name]: s.add(args[0].detach().flatten(0, -2)))
+            part.register_forward_pre_hook(
+                lambda _, args, s=found[name]: s.add(args[0].detach().flatten(0, -2))
+            )
             for name, part in chosen.items()
         ]
         try:
@@ -97,12 +106,18 @@ class Block:
                 hook.remove()
         return found
 
-    def replace(self, method: str, name: str, new: CompactLinear, gram: Tensor | None = None, notes: str = ""):
+    def replace(
+        self, method: str, name: str, new: CompactLinear, gram: Tensor | None = None, notes: str = ""
+    ):
         """Put `new` where the linear `name` was and note what it costs."""
         old = self.module.get_submodule(name)
         before, after = weight_of(old), new.dense()
         bias = 0 if old.bias is None else old.bias.numel() * old.bias.element_size() * 8
-        bits = old.stored_bits() - bias if isinstance(old, CompactLinear) else before.numel() * old.weight.itemsize * 8
+        bits = (
+            old.stored_bits() - bias
+            if isinstance(old, CompactLinear)
+            else before.numel() * old.weight.itemsize * 8
+        )
         self.rows.append(
             LayerReport(
                 method,
@@ -137,8 +152,8 @@ def stream_blocks(
 ) -> Iterator[Block]:
     """Walk over the blocks; what a caller changes in one is what feeds the next.
 
-    Each block gets the arguments that the model itself gives it (masks, positions, sliding windows). With `device`,
-    only the block at hand is moved there. Without batches the blocks come without inputs.
+    Each block gets the arguments that the model itself gives it (masks, positions, sliding windows). With
+    `device`, only the block at hand is moved there. Without batches the blocks come without inputs.
     """
     blocks = find_blocks(model)
     hidden, arguments = record(model, blocks, batches) if batches else ([], {name: [] for name in blocks})
@@ -152,7 +167,8 @@ def stream_blocks(
 
 
 def record(model: nn.Module, blocks: dict[str, nn.Module], batches: list[Tensor]):
-    """The hidden states that enter the first block, and the arguments that each block is given, for each batch.
+    """The hidden states that enter the first block, and the arguments that each block is given, for each
+    batch.
 
     While recording, a block hands its input on unchanged, so this costs an embedding and a mask, no matmul.
     """
@@ -180,6 +196,36 @@ def record(model: nn.Module, blocks: dict[str, nn.Module], batches: list[Tensor]
     return hidden, arguments
 
 
+def time_linears(model: nn.Module, ids: Tensor, steps: int) -> dict[str, float]:
+    """Milliseconds of each linear layer in a decode step after the prompt `ids`: medians of `steps`."""
+    from lightlib.cost import generate
+
+    parts = {
+        name: part for name, part in model.named_modules() if isinstance(part, (nn.Linear, CompactLinear))
+    }
+    begun, times = {}, {name: [] for name in parts}
+
+    def now() -> float:
+        if ids.is_cuda:
+            torch.cuda.synchronize(ids.device)
+        return time.perf_counter()
+
+    def start(name):
+        return lambda *_: begun.update({name: now()})
+
+    def stop(name):
+        return lambda *_: times[name].append(now() - begun[name])
+
+    hooks = [part.register_forward_pre_hook(start(name)) for name, part in parts.items()]
+    hooks += [part.register_forward_hook(stop(name)) for name, part in parts.items()]
+    try:
+        generate(model, ids, steps)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: statistics.median(found[1:]) * 1e3 for name, found in times.items()}
+
+
 def move(value, device):
     """`value` with every tensor in it on `device`."""
     if isinstance(value, Tensor):
@@ -193,7 +239,7 @@ def move(value, device):
 
 @contextmanager
 def changing(model: nn.Module, inplace: bool) -> Iterator[nn.Module]:
-    """The model to change: a copy, or with `inplace` the caller's own, put back as it was if the work is broken off."""
+    """The model to change: a copy, or the caller's own, put back as it was if the work is broken off."""
     find_blocks(model)  # refuse an unknown architecture before the copy
     if not inplace:
         yield use_linear_everywhere(copy.deepcopy(model))

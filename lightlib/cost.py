@@ -1,0 +1,184 @@
+"""What a model costs: bytes, FLOPs, and time per token on this device."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightlib.compact import CompactLinear
+from lightlib.decoder import find_blocks, linears
+from lightlib.quality import device_of
+from lightlib.report import facts_table
+
+
+@dataclass(frozen=True)
+class Size:
+    """`stored_bytes`: what a file holds; `resident_bytes`: what memory holds. Shared tensors count once."""
+
+    parameters: int
+    stored_bytes: int
+    resident_bytes: int
+
+    def _repr_html_(self) -> str:
+        return facts_table(self)
+
+
+def size(model: nn.Module) -> Size:
+    """Weights as the dense model would count them, bytes in a file, bytes in memory now."""
+    packed = {name: part for name, part in model.named_modules() if isinstance(part, CompactLinear)}
+    parameters = sum(part.in_features * part.out_features for part in packed.values())
+    stored_bits = sum(part.stored_bits() for part in packed.values())
+    seen = set()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.rpartition(".")[0] in packed:
+            parameters += tensor.numel() if name.endswith(".bias") else 0
+        elif tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            stored_bits += tensor.numel() * tensor.element_size() * 8
+            parameters += tensor.numel() if isinstance(tensor, nn.Parameter) else 0
+    tensors = [*model.parameters(), *model.buffers()]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return Size(parameters, stored_bits // 8, sum(storages.values()))
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations, a multiply and an add being two, for one token of a batch of one."""
+
+    prefill_per_token: int
+    decode_per_token: int
+    context: int
+
+    def _repr_html_(self) -> str:
+        return facts_table(self)
+
+
+def flops(model: nn.Module, context: int = 256) -> Flops:
+    """FLOPs a token: 2 x in x out for every linear layer, and 4 x heads x head_dim x context for attention.
+
+    Prefill of `context` tokens multiplies the whole square of scores, as kernels do that skip nothing; the
+    head is counted for the last token only. Elementwise work and lookups count nothing.
+    """
+    config = model.config
+    blocks = find_blocks(model).values()
+    in_blocks = sum(2 * part.in_features * part.out_features for b in blocks for part in linears(b).values())
+    head = model.get_output_embeddings()
+    head_flops = 2 * head.in_features * head.out_features
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 4 * len(blocks) * config.num_attention_heads * head_dim * context
+    return Flops(in_blocks + attention + head_flops // context, in_blocks + attention + head_flops, context)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Greedy decoding: medians over repeats; `*_spread_ms` is the range between the quartiles.
+
+    ttft: time to the first token (the prompt's prefill). tpot: time per output token after it.
+    total_ms = ttft_ms + tpot_ms x new. tokens_per_s counts the new tokens of the whole batch.
+    peak_bytes: resident weights, cache and the largest set of activations.
+    """
+
+    ttft_ms: float
+    ttft_spread_ms: float
+    tpot_ms: float
+    tpot_spread_ms: float
+    total_ms: float
+    tokens_per_s: float
+    peak_bytes: int
+    prompt: int
+    new: int
+    batch: int
+    device: str
+    dtype: str
+
+    def _repr_html_(self) -> str:
+        return facts_table(self)
+
+
+def latency(model: nn.Module, prompt: int = 256, new: int = 64, batch: int = 1, repeats: int = 3) -> Latency:
+    """Time a prefill of `prompt` tokens and `new` decode steps through the model's own forward.
+
+    The prompt is fixed and arbitrary. One run warms up. Raises ValueError where prompt + new exceeds the
+    context.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if min(prompt, new, batch, repeats) < 1:
+        raise ValueError(
+            f"prompt={prompt}, new={new}, batch={batch}, repeats={repeats}: all must be at least 1"
+        )
+    if limit and prompt + new > limit:
+        raise ValueError(f"prompt {prompt} + new {new} tokens exceed the model's context of {limit}")
+    device = device_of(model)
+    ids = torch.arange(batch * prompt, device=device).view(batch, prompt) % min(model.config.vocab_size, 1000)
+    generate(model, ids, 2)
+    runs = [generate(model, ids, new) for _ in range(repeats)]
+    first = [run[0] for run in runs]
+    steps = [step for run in runs for step in run[1:]]
+    ttft, tpot = (statistics.median(times) * 1e3 for times in (first, steps))
+    return Latency(
+        ttft, spread(first) * 1e3, tpot, spread(steps) * 1e3,
+        total_ms=ttft + tpot * new,
+        tokens_per_s=batch * new / (ttft + tpot * new) * 1e3,
+        peak_bytes=peak_bytes(model, lambda: generate(model, ids, 1)),
+        prompt=prompt, new=new, batch=batch,
+        device=device_name(device), dtype=str(model.dtype).removeprefix("torch."),
+    )  # fmt: skip
+
+
+def throughput(model: nn.Module, batches: tuple[int, ...] = (1, 2, 4, 8), prompt: int = 64, new: int = 16):
+    """`latency` at each batch size: tokens a second when several sequences share the reading of weights."""
+    return tuple(latency(model, prompt, new, batch, repeats=1) for batch in batches)
+
+
+@torch.no_grad()
+def generate(model: nn.Module, ids: Tensor, new: int) -> list[float]:
+    """Seconds of the prefill, then of each of `new` greedy steps, with the model's own cache."""
+    from transformers import DynamicCache
+
+    cache, times = DynamicCache(config=model.config), []
+    for _ in range(new + 1):
+        begin = time.perf_counter()
+        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        ids = logits[:, -1:].argmax(-1)
+        if ids.is_cuda:
+            torch.cuda.synchronize(ids.device)
+        times.append(time.perf_counter() - begin)
+    return times
+
+
+def spread(times: list[float]) -> float:
+    """Range between the quartiles; of one time, zero."""
+    if len(times) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+    return high - low
+
+
+@torch.no_grad()
+def peak_bytes(model: nn.Module, work: Callable[[], object]) -> int:
+    """The most bytes that tensors hold during `work`, the model's own included."""
+    device = device_of(model)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return torch.cuda.max_memory_allocated(device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run:
+        work()
+    held = peak = 0
+    events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return size(model).resident_bytes + peak
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is called, with the threads in use on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.cpu.get_capabilities().get('cpu_name', 'CPU')}, {torch.get_num_threads()} threads"

@@ -1,0 +1,75 @@
+"""How much a model lost: perplexity, and the divergence from the model it came from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightlib.report import facts_table
+
+LOGITS_AT_ONCE = 2**25  # 134 MB in float32: bounds memory, whatever the batch
+
+
+def perplexity(model: nn.Module, batches: list[Tensor]) -> float:
+    """exp of the mean negative log-likelihood over all predicted tokens; logits in float32.
+
+    A window of T tokens predicts T - 1. A uniform model over V tokens has perplexity V.
+    """
+    total, count = 0.0, 0
+    for ids, logits in _windows(model, batches):
+        total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+        count += ids[:, 1:].numel()
+    return math.exp(total / count)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a model's next-token distributions are from a reference's, over `tokens` positions."""
+
+    mean_kl: float  # nats a token, KL(reference || model)
+    top1_agreement: float  # fraction of positions with the same most likely token
+    tokens: int
+
+    def _repr_html_(self) -> str:
+        return facts_table(self)
+
+
+def divergence(model: nn.Module, reference: nn.Module, batches: list[Tensor]) -> Divergence:
+    """Mean KL(reference || model) of the next-token distributions. A model against itself has 0."""
+    kl, same, count = 0.0, 0, 0
+    pairs = zip(_windows(model, batches), _windows(reference, batches), strict=True)
+    for (_, ours), (_, theirs) in pairs:
+        p, q = theirs.log_softmax(-1), ours.log_softmax(-1).to(theirs.device)
+        kl += (p.exp() * (p - q)).sum().item()
+        same += (p.argmax(-1) == q.argmax(-1)).sum().item()
+        count += p[..., 0].numel()
+    return Divergence(max(kl / count, 0.0), same / count, count)
+
+
+@torch.no_grad()
+def _windows(model: nn.Module, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(ids (b, T), logits (b, T - 1, vocabulary) in float32), as many windows at once as memory allows."""
+    if not batches:
+        raise ValueError("no batches: lightlib.zoo.batches(tokenizer, text) makes them")
+    if any(ids.shape[1] < 2 for ids in batches):
+        raise ValueError("a window of one token predicts nothing: take length >= 2")
+    device = device_of(model)
+    model.eval()
+    for batch in batches:
+        for ids in batch.to(device).split(
+            max(1, LOGITS_AT_ONCE // (batch.shape[1] * model.config.vocab_size))
+        ):
+            yield ids, model(ids, use_cache=False).logits[:, :-1].float()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's inputs go. Raises ValueError where its weights are not there."""
+    places = {weight.device for weight in model.parameters()}
+    if torch.device("meta") in places:
+        raise ValueError("this model has weights on the meta device, so no numbers; load it with its weights")
+    return model.get_input_embeddings().weight.device
