@@ -1,0 +1,171 @@
+"""What every method of the catalogue promises, on a tiny random model of every family."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+
+from lightlib import load, save
+from lightlib.calibration import Gram, stream_blocks
+from lightlib.catalog import METHODS
+from lightlib.compact import CompactLinear
+from lightlib.cost import size
+from lightlib.decoder import cast, find_blocks, linears, roles
+from lightlib.persist import compact_layers
+
+SETTINGS = [
+    pytest.param(method, {knob: value}, id=f"{method.name}-{knob}={value}")
+    for method in METHODS
+    for knob, values in method.knobs.items()
+    for value in values
+]
+
+
+def run(method, model, calib, **settings):
+    return method.function(model, calib, progress=False, **settings)
+
+
+def test_unchanged_stream_equals_the_dense_forward_exactly(model, calib):
+    blocks, entered = list(stream_blocks(model, calib, progress=False)), []
+    norm = model.get_submodule(roles(model).final_norm)
+    hook = norm.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    with torch.no_grad():
+        for ids in calib:
+            model(ids)
+    hook.remove()
+    assert len(blocks) == len(find_blocks(model)) == 2
+    assert all(torch.equal(a, b.view_as(a)) for a, b in zip(blocks[-1].run(), entered, strict=True))
+
+
+def test_what_changes_in_one_block_feeds_the_next(llama, calib):
+    walk = stream_blocks(llama, calib, progress=False)
+    first = next(walk)
+    with torch.no_grad():
+        first.module.mlp.down_proj.weight.zero_()
+    second = next(walk)
+    assert all(torch.equal(a, b) for a, b in zip(first.run(), second.inputs, strict=True))
+
+
+def test_gram_is_the_sum_of_outer_products_of_a_layers_inputs(llama, calib):
+    seen = []
+    q = llama.model.layers[1].self_attn.q_proj
+    hook = q.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().flatten(0, -2)))
+    with torch.no_grad():
+        for ids in calib:
+            llama(ids)
+    hook.remove()
+    X = torch.cat(seen)
+    block = list(stream_blocks(llama, calib, progress=False))[1]
+    gram = block.collect(Gram)["self_attn.q_proj"]
+    assert gram.count == 2 * 24 + 17
+    torch.testing.assert_close(gram.value, X.T @ X)
+    assert not q._forward_pre_hooks
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+class TestEveryMethod:
+    def test_has_the_common_signature(self, method):
+        names = inspect.signature(method.function).parameters
+        assert list(names)[:2] == ["model", "batches"]
+        assert names["inplace"].default is False
+        assert all(p.kind is p.KEYWORD_ONLY for n, p in names.items() if n not in ("model", "batches"))
+        assert set(method.knobs) <= set(names)
+
+    def test_leaves_the_source_untouched_and_repeats_itself(self, method, model, calib):
+        before = copy.deepcopy(model.state_dict())
+        settings = {knob: values[0] for knob, values in method.knobs.items()}
+        first, second = (run(method, model, calib, **settings).model for _ in range(2))
+        assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+        with torch.no_grad():
+            assert torch.equal(first(calib[0]).logits, second(calib[0]).logits)
+
+    def test_inplace_changes_the_callers_model(self, method, llama, calib):
+        settings = {knob: values[0] for knob, values in method.knobs.items()}
+        light, _ = run(method, llama, calib, inplace=True, **settings)
+        assert light is llama
+        assert compact_layers(llama)
+
+    def test_broken_off_in_the_middle_it_leaves_the_model_as_it_was(self, method, model, calib, monkeypatch):
+        before = {name: id(part) for name, part in model.named_modules()}
+        with torch.no_grad():
+            logits = model(calib[0]).logits
+        settings = {knob: values[0] for knob, values in method.knobs.items()}
+        interrupt_in_block(monkeypatch, 1)
+        for inplace in (False, True):
+            with pytest.raises(KeyboardInterrupt):
+                run(method, model, calib, inplace=inplace, **settings)
+            assert {name: id(part) for name, part in model.named_modules()} == before
+            with torch.no_grad():
+                assert torch.equal(model(calib[0]).logits, logits)
+
+    def test_refuses_what_is_no_decoder(self, method):
+        from transformers import BertConfig, BertModel
+
+        bert = BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=30))
+        with pytest.raises(ValueError, match="'bert' is not a decoder"):
+            run(method, bert, None)
+
+
+@pytest.mark.parametrize(("method", "setting"), SETTINGS)
+def test_report_rows_are_the_modules_changed_and_size_is_the_sum_of_stored_bits(
+    method, setting, model, calib, tmp_path
+):
+    light, report = run(method, model, calib, **setting)
+    changed = compact_layers(light)
+    assert [row.name for row in report] == list(changed)
+    assert len(changed) == sum(len(linears(block)) for block in find_blocks(light).values())
+    assert all(row.shape == (changed[row.name].out_features, changed[row.name].in_features) for row in report)
+    assert all(0 <= row.error < 1.5 and row.bits_after < row.bits_before for row in report)
+
+    rest = {t.data_ptr(): t for n, t in tensors(light) if n.rpartition(".")[0] not in changed}
+    bits = sum(part.stored_bits() for part in changed.values())
+    assert size(light).stored_bytes * 8 == bits + sum(t.numel() * t.element_size() * 8 for t in rest.values())
+
+    folder = save(light, tmp_path / "light")
+    again = load(folder)
+    with torch.no_grad():
+        assert torch.equal(again(calib[0]).logits, light(calib[0]).logits)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_works_and_round_trips_in_bfloat16(method, model, calib, tmp_path):
+    settings = {knob: values[0] for knob, values in method.knobs.items()}
+    light, _ = run(method, cast(model, torch.bfloat16), calib, **settings)
+    again = load(save(light, tmp_path / "light"))
+    assert again.dtype == torch.bfloat16
+    with torch.no_grad():
+        logits = light(calib[0]).logits
+        assert logits.dtype == torch.bfloat16 and torch.isfinite(logits).all()
+        assert torch.equal(again(calib[0]).logits, logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_on_a_gpu_it_gives_what_it_gives_on_a_cpu(method, model, calib):
+    settings = {knob: values[0] for knob, values in method.knobs.items()}
+    here, _ = run(method, model, calib, **settings)
+    there, _ = run(method, model.cuda(), [ids.cuda() for ids in calib], **settings)
+    assert all(part.weight.is_cuda for part in linears(there).values() if not isinstance(part, CompactLinear))
+    with torch.no_grad():
+        torch.testing.assert_close(there(calib[0].cuda()).logits.cpu(), here(calib[0]).logits, rtol=1e-2, atol=1e-2)
+
+
+def interrupt_in_block(monkeypatch, index):
+    """Ctrl-C while the block of this index is being changed."""
+    from lightlib.calibration import Block
+
+    replace, count = Block.replace, []
+
+    def interrupted(self, *args, **named):
+        count.append(self.name)
+        if self.name.endswith(f".{index}"):
+            raise KeyboardInterrupt
+        return replace(self, *args, **named)
+
+    monkeypatch.setattr(Block, "replace", interrupted)
+
+
+def tensors(model):
+    return [*model.named_parameters(), *model.named_buffers()]
