@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lightlib.compact import CompactLinear
-from lightlib.decoder import find_blocks, linears, use_linear_everywhere
+from lightlib.decoder import find_blocks, linear_shapes, linears, use_linear_everywhere
 from lightlib.report import LayerReport
 
 
@@ -200,9 +200,7 @@ def time_linears(model: nn.Module, ids: Tensor, steps: int) -> dict[str, float]:
     """Milliseconds of each linear layer in a decode step after the prompt `ids`: medians of `steps`."""
     from lightlib.cost import generate
 
-    parts = {
-        name: part for name, part in model.named_modules() if isinstance(part, (nn.Linear, CompactLinear))
-    }
+    parts = {name: model.get_submodule(name) for name in linear_shapes(model)}
     begun, times = {}, {name: [] for name in parts}
 
     def now() -> float:

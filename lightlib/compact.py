@@ -49,7 +49,7 @@ class CompactLinear(nn.Module):
         return F.linear(x, self.dense(x.dtype), bias)
 
     def _apply(self, fn, recurse=True):
-        # model.to(bfloat16) must not round what is stored in another precision: packed tensors change device only
+        # model.to(bfloat16) must not round what is stored otherwise: packed tensors change device only
         precise = {
             name: (buffer, buffer.dtype) for name, buffer in self._buffers.items() if buffer is not None
         }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightlib.compact import CompactLinear
-from lightlib.decoder import find_blocks, linears
+from lightlib.decoder import find_blocks, linear_shapes
 from lightlib.quality import device_of
 from lightlib.report import facts_table
 
@@ -66,7 +66,7 @@ def flops(model: nn.Module, context: int = 256) -> Flops:
     """
     config = model.config
     blocks = find_blocks(model).values()
-    in_blocks = sum(2 * part.in_features * part.out_features for b in blocks for part in linears(b).values())
+    in_blocks = sum(2 * n_out * n_in for block in blocks for n_out, n_in in linear_shapes(block).values())
     head = model.get_output_embeddings()
     head_flops = 2 * head.in_features * head.out_features
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -126,6 +126,15 @@ def linears(module: nn.Module) -> dict[str, nn.Linear | CompactLinear]:
     }
 
 
+def linear_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """(out, in) of every layer in `module` that multiplies by a weight, GPT-2's Conv1D among them, by name."""
+    from transformers.pytorch_utils import Conv1D
+
+    shapes = {name: (part.out_features, part.in_features) for name, part in linears(module).items()}
+    convs = {name: part for name, part in module.named_modules() if isinstance(part, Conv1D)}
+    return shapes | {name: tuple(part.weight.shape[::-1]) for name, part in convs.items()}
+
+
 def use_linear_everywhere(model: nn.Module) -> nn.Module:
     """Turn GPT-2's Conv1D layers, which store (in, out), into nn.Linear. In place; changes no output."""
     from transformers.pytorch_utils import Conv1D

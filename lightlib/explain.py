@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import statistics
 from collections import Counter
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import nn
 from lightlib.calibration import time_linears
 from lightlib.compact import CompactLinear
 from lightlib.cost import Size, generate, size
-from lightlib.decoder import find_blocks
+from lightlib.decoder import find_blocks, linear_shapes
 from lightlib.machine import Roofline, roofline
 from lightlib.quality import device_of
 from lightlib.report import bars, table, tidy
@@ -97,7 +98,7 @@ def explain(model: nn.Module, context: int = 64, steps: int = 8) -> Explanation:
     tpot = statistics.median(generate(model, ids, steps)[1:]) * 1e3
     times = time_linears(model, ids, steps)
     layers = tuple(
-        _facts(name, part, times[name], roof, dtype, device) for name, part in _parts(model).items()
+        _facts(model, name, shape, times[name], roof, device) for name, shape in linear_shapes(model).items()
     )
     weights = size(model)
     linears_ms = sum(layer.measured_ms for layer in layers)
@@ -108,12 +109,10 @@ def explain(model: nn.Module, context: int = 64, steps: int = 8) -> Explanation:
     return Explanation(sentence, layers, tpot, linears_ms, floor, weights, roof)
 
 
-def _parts(model: nn.Module) -> dict[str, nn.Module]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, CompactLinear))}
-
-
-def _facts(name, part, measured_ms, roof: Roofline, dtype, device) -> LayerFacts:
-    weights = part.in_features * part.out_features
+def _facts(
+    model, name: str, shape: tuple[int, int], measured_ms: float, roof: Roofline, device
+) -> LayerFacts:
+    part, dtype, weights = model.get_submodule(name), model.dtype, math.prod(shape)
     dense = weights * dtype.itemsize
     if isinstance(part, CompactLinear):
         path, reason = part.fast_path(dtype, device)

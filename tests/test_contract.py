@@ -102,7 +102,9 @@ class TestEveryMethod:
     def test_refuses_what_is_no_decoder(self, method):
         from transformers import BertConfig, BertModel
 
-        bert = BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=30))
+        bert = BertModel(
+            BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=30)
+        )
         with pytest.raises(ValueError, match="'bert' is not a decoder"):
             run(method, bert, None)
 
@@ -149,7 +151,9 @@ def test_on_a_gpu_it_gives_what_it_gives_on_a_cpu(method, model, calib):
     there, _ = run(method, model.cuda(), [ids.cuda() for ids in calib], **settings)
     assert all(part.weight.is_cuda for part in linears(there).values() if not isinstance(part, CompactLinear))
     with torch.no_grad():
-        torch.testing.assert_close(there(calib[0].cuda()).logits.cpu(), here(calib[0]).logits, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(
+            there(calib[0].cuda()).logits.cpu(), here(calib[0]).logits, rtol=1e-2, atol=1e-2
+        )
 
 
 def interrupt_in_block(monkeypatch, index):

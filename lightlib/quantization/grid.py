@@ -125,7 +125,7 @@ def sixteen(x: Tensor) -> Tensor:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes (uint8, any shape) side by side without gaps, 8 codes in `bits` bytes; the end is filled with 0."""
+    """Codes (uint8, any shape) without gaps, 8 codes in `bits` bytes; the end is filled with 0."""
     flat = codes.flatten()
     flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8).long()
     word = (flat << torch.arange(0, 8 * bits, bits, device=flat.device)).sum(1, keepdim=True)

@@ -76,7 +76,7 @@ class QuantLinear(CompactLinear):
         if dtype != torch.bfloat16:
             return (
                 "",
-                f"the packed matmuls take bfloat16, not {str(dtype)[6:]} (decoder.cast(model, torch.bfloat16) helps)",
+                f"the packed matmuls take bfloat16, not {str(dtype)[6:]} (see decoder.cast)",
             )
         if self.grid.bits > 4:
             if self.scale.shape[1] == 1:
@@ -98,7 +98,7 @@ class QuantLinear(CompactLinear):
         if self.grid.bits > 4:
             y = torch._weight_int8pack_mm(flat, self.layout, self.layout_scale)
             if self.layout_shift is not None:
-                y = y + flat.sum(1, keepdim=True) * self.layout_shift
+                y = y + (flat.sum(1, keepdim=True, dtype=torch.float32) * self.layout_shift).to(y.dtype)
         else:
             y = torch._weight_int4pack_mm_for_cpu(flat, self.layout, self._aten_group(), self.layout_scale)
         y = y if self.bias is None else y + self.bias.to(y.dtype)
@@ -109,18 +109,22 @@ class QuantLinear(CompactLinear):
         ours = self.in_features // self.scale.shape[1] if not self.grid.per_tensor else self.in_features
         return next((g for g in ATEN_GROUPS if ours % g == 0), 0)
 
+    @property
+    def _lift(self) -> int:
+        """Added to a code, it brings the middle of our grid to the middle of ATen's: 0 in 8 bits, 8 in 4."""
+        return (8 if self.grid.bits <= 4 else 0) - 2 ** (self.grid.bits - 1)
+
     def _arrange(self) -> None:
-        """Lay the codes out for ATen: w = (q - 8) s + shift in 4 bits, w = (q - 128) s + shift in 8."""
-        weight = self.quantized()
+        """Lay the codes out for ATen: w = (q - middle) scale + shift, which keeps the shift small."""
+        weight, middle = self.quantized(), 2 ** (self.grid.bits - 1)
         scale, zero = (t.expand(self.out_features, -1) for t in (weight.scale, weight.zero))  # (out, groups)
-        middle = 128 if self.grid.bits > 4 else 8
         shift = zero + middle * scale if self.grid.float_zero else (middle - zero) * scale
+        codes = weight.codes.int() + self._lift
         if self.grid.bits > 4:
-            self.layout = (weight.codes.int() - middle).to(torch.int8)
-            self.layout_scale = scale[:, 0].bfloat16()
-            self.layout_shift = shift[:, 0].bfloat16() if shift.any() else None
+            self.layout, self.layout_scale = codes.to(torch.int8), scale[:, 0].bfloat16()
+            self.layout_shift = shift[:, 0] if shift.any() else None
         else:
-            self.layout = torch._convert_weight_to_int4pack_for_cpu(weight.codes.int(), 1)
+            self.layout = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
             repeats = self.in_features // self._aten_group() // scale.shape[1]
             pair = torch.stack([scale, shift], -1).repeat_interleave(repeats, 1)  # (out, ATen's groups, 2)
             self.layout_scale = pair.transpose(0, 1).contiguous().bfloat16()
@@ -131,17 +135,13 @@ class QuantLinear(CompactLinear):
         if self.codes is not None:
             return self.codes
         if self.grid.bits > 4:
-            return pack((self.layout.int() + 128).to(torch.uint8), self.grid.bits)
-        # the order of nibbles is ATen's own affair: with scale 1 and shift 8, identity times the layout reads it
-        eye = torch.eye(self.in_features, dtype=torch.bfloat16)
-        plain = (
-            torch.tensor([1.0, 8.0])
-            .bfloat16()
-            .expand(self.in_features // 32, self.out_features, 2)
-            .contiguous()
-        )
-        codes = torch._weight_int4pack_mm_for_cpu(eye, self.layout, 32, plain)  # (in, out)
-        return pack(codes.T.to(torch.uint8), self.grid.bits)
+            lifted = self.layout.int()
+        else:
+            # the order of nibbles is ATen's affair: identity times layout, at scale 1 and shift 8, reads it
+            eye = torch.eye(self.in_features, dtype=torch.bfloat16)
+            plain = torch.tensor([1.0, 8.0]).bfloat16().expand(self.in_features // 32, self.out_features, 2)
+            lifted = torch._weight_int4pack_mm_for_cpu(eye, self.layout, 32, plain.contiguous()).T.int()
+        return pack((lifted - self._lift).to(torch.uint8), self.grid.bits)
 
     def _put_back(self) -> None:
         self.codes, self.layout, self.layout_scale, self.layout_shift = self._packed_codes(), None, None, None
