@@ -22,6 +22,7 @@ from lightlib.texts import HELD_OUT, load_text
 
 FOLDER = Path(__file__).parent / "tiny"
 CONTEXT = 256
+MADE = ("steps", "batch", "lr", "seed", "device", "minutes")
 CONFIG = dict(
     vocab_size=2048,
     hidden_size=192,
@@ -141,26 +142,50 @@ def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: 
 
 CARD = """# tiny
 
-A Llama-shaped model with grouped-query attention, trained by `python data/make_tiny.py {flags}` on the plays
-of Shakespeare (public domain; the text "plays" of lightlib, {n_train:,} tokens), in full precision. For
-widgets, tests and lessons that train. Apache-2.0.
+A Llama-shaped model with grouped-query attention, in full precision, trained on the plays of Shakespeare (public
+domain; the text "plays" of lightlib). For widgets, tests and lessons that train. Licence: Apache-2.0.
+Made by `python data/make_tiny.py --steps {steps} --batch {batch} --lr {lr} --seed {seed}`.
 
 | | |
 |---|---|
 | parameters | {parameters:,} (tied embeddings) |
 | layers, d_model, heads, kv heads, d_ff | 4, 192, 6, 2, 512 |
 | vocabulary | 2048, byte-level BPE |
-| training | {steps} steps of {batch} windows of 256 tokens, {epochs:.1f} epochs, {minutes:.0f} minutes on
-{device} | | **held-out perplexity** | **{ppl:.2f}** on {n_test:,} tokens: the fourth acts of {plays} |
-| 3-gram (Kneser-Ney, discount 0.75) on the same predicted tokens | {ppl3:.2f} |
-| perplexity on training windows | {ppl_train:.2f} |
+| training | {steps} steps of {batch} windows of 256 tokens: {epochs:.1f} epochs of {train_tokens:,} tokens |
+| time | {minutes} minutes on {device} |
+| **held-out perplexity** | **{perplexity:.2f}** on {test_tokens:,} tokens: the fourth acts of {plays} |
+| 3-gram (Kneser-Ney, discount 0.75) on the same predicted tokens | {trigram_perplexity:.2f} |
+| perplexity on as many training tokens | {train_perplexity:.2f} |
 
-Greedy decoding repeats itself; this was sampled at temperature 0.7, top 40, seed 1:
+Sampled at temperature 0.7, top 40, seed 1, from the first line on:
 
 ```
 {sample}
 ```
 """
+
+
+def describe(folder: Path, made: dict) -> None:
+    """Measure the model that lies in `folder` and write its card: card.json, and README.md for readers."""
+    model, tokenizer = (c.from_pretrained(folder) for c in (AutoModelForCausalLM, PreTrainedTokenizerFast))
+    model.eval()
+    ids, test = (torch.tensor(tokenizer(load_text("plays", s)).input_ids) for s in ("calibration", "test"))
+    card = {
+        **made,
+        "parameters": model.num_parameters(),
+        "epochs": made["steps"] * made["batch"] * CONTEXT / len(ids),
+        "train_tokens": len(ids),
+        "test_tokens": len(test),
+        "perplexity": math.exp(model_nll(model, test)),
+        "train_perplexity": math.exp(model_nll(model, ids[: len(test)])),
+        "trigram_perplexity": math.exp(trigram_nll(ids.tolist(), test.tolist())),
+        "sample": sample(model, tokenizer, "MACBETH.\n"),
+    }
+    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    (folder / "README.md").write_text(
+        CARD.format(**card, plays=", ".join(p.replace("_", " ") for p in HELD_OUT))
+    )
+    print((folder / "README.md").read_text(), sum(f.stat().st_size for f in folder.iterdir()), "bytes in all")
 
 
 def main() -> None:
@@ -173,31 +198,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument(
+        "--describe", action="store_true", help="write the card of what lies there; do not train"
+    )
     flags = parser.parse_args()
+    if flags.describe:
+        kept = json.loads((flags.folder / "card.json").read_text())
+        return describe(flags.folder, {key: kept[key] for key in MADE})
 
     text = load_text("plays", "calibration")
     tokenizer = make_tokenizer(text)
     ids = torch.tensor(tokenizer(text).input_ids)
-    test = torch.tensor(tokenizer(load_text("plays", "test")).input_ids)
     begin = time.time()
     model = train(ids, flags.steps, flags.batch, flags.lr, flags.seed, flags.device)
-    minutes = (time.time() - begin) / 60
-
     model.save_pretrained(flags.folder)
     tokenizer.save_pretrained(flags.folder)
-    model = AutoModelForCausalLM.from_pretrained(flags.folder).eval()  # the card describes what was written
-    card = CARD.format(
-        flags=f"--steps {flags.steps} --batch {flags.batch} --lr {flags.lr} --seed {flags.seed}",
-        n_train=len(ids), n_test=len(test), parameters=model.num_parameters(),
-        steps=flags.steps, batch=flags.batch, epochs=flags.steps * flags.batch * CONTEXT / len(ids),
-        minutes=minutes, device=flags.device, plays=", ".join(p.replace("_", " ") for p in HELD_OUT),
-        ppl=math.exp(model_nll(model, test)), ppl_train=math.exp(model_nll(model, ids[: len(test)])),
-        ppl3=math.exp(trigram_nll(ids.tolist(), test.tolist())),
-        sample=sample(model, tokenizer, "MACBETH.\n"),
-    )  # fmt: skip
-    (flags.folder / "README.md").write_text(card)
-    size = sum(f.stat().st_size for f in flags.folder.iterdir())
-    print(card, json.dumps({"folder_bytes": size}))
+    made = {key: getattr(flags, key) for key in MADE if key != "minutes"}
+    return describe(flags.folder, {**made, "minutes": round((time.time() - begin) / 60, 1)})
 
 
 if __name__ == "__main__":
