@@ -142,8 +142,8 @@ def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: 
 
 CARD = """# tiny
 
-A Llama-shaped model with grouped-query attention, in full precision, trained on the plays of Shakespeare (public
-domain; the text "plays" of lightlib). For widgets, tests and lessons that train. Licence: Apache-2.0.
+A Llama-shaped model with grouped-query attention, in full precision, trained on the plays of Shakespeare (the
+public domain text "plays" of lightlib). For widgets, tests and lessons that train. Licence: Apache-2.0.
 Made by `python data/make_tiny.py --steps {steps} --batch {batch} --lr {lr} --seed {seed}`.
 
 | | |

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -14,8 +12,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lightlib.compact import CompactLinear
-from lightlib.decoder import find_blocks, linear_shapes, linears, use_linear_everywhere
-from lightlib.report import LayerReport
+from lightlib.decoder import find_blocks, linear_shapes, linears
+from lightlib.machine import matmul_rate
+from lightlib.report import LayerReport, relative_error
 
 
 class Gram:
@@ -137,15 +136,6 @@ def weight_of(linear: nn.Linear | CompactLinear) -> Tensor:
     return linear.dense() if isinstance(linear, CompactLinear) else linear.weight.detach().float()
 
 
-def relative_error(before: Tensor, after: Tensor, gram: Tensor | None = None) -> float:
-    """||(W - W')X|| / ||WX|| from the inputs' gram X^T X; of the weights alone when `gram` is None."""
-    gone = before - after
-    if gram is None:
-        return (gone.norm() / before.norm().clamp_min(1e-30)).item()
-    lost, whole = ((m @ gram * m).sum().clamp_min(0) for m in (gone, before))
-    return (lost / whole.clamp_min(1e-30)).sqrt().item()
-
-
 @torch.no_grad()
 def stream_blocks(
     model: nn.Module, batches: list[Tensor] | None = None, *, device=None, progress=True, title="blocks"
@@ -156,6 +146,8 @@ def stream_blocks(
     `device`, only the block at hand is moved there. Without batches the blocks come without inputs.
     """
     blocks = find_blocks(model)
+    if batches and progress:
+        title = f"{title}, {forecast(blocks, batches, device or next(model.parameters()).device)}"
     hidden, arguments = record(model, blocks, batches) if batches else ([], {name: [] for name in blocks})
     for name, module in tqdm(blocks.items(), desc=title, unit="block", disable=not progress):
         home = next(module.parameters(), next(module.buffers(), torch.empty(0))).device
@@ -164,6 +156,17 @@ def stream_blocks(
         yield block
         hidden = block.run()
         module.to(home)
+
+
+def forecast(blocks: dict[str, nn.Module], batches: list[Tensor], device) -> str:
+    """What a walk with two passes over each block will take: "about 0.31 GB beside the model and 12 s"."""
+    shapes = [linear_shapes(block) for block in blocks.values()]
+    weights = sum(n_out * n_in for block in shapes for n_out, n_in in block.values())
+    widest = max((n_in for block in shapes for _, n_in in block.values()), default=0)
+    tokens, width = sum(ids.numel() for ids in batches), min(n for _, n in shapes[0].values())
+    held = 4 * (2 * tokens * width + len(shapes[0]) * widest**2)  # states in and out, one statistic a layer
+    seconds = 2 * 2 * weights * tokens / matmul_rate(str(device)) / 1e9
+    return f"about {held / 1e9:.2g} GB beside the model and {max(seconds, 1):.0f} s"
 
 
 def record(model: nn.Module, blocks: dict[str, nn.Module], batches: list[Tensor]):
@@ -233,22 +236,3 @@ def move(value, device):
     if isinstance(value, (list, tuple)):
         return type(value)(move(part, device) for part in value)
     return value
-
-
-@contextmanager
-def changing(model: nn.Module, inplace: bool) -> Iterator[nn.Module]:
-    """The model to change: a copy, or the caller's own, put back as it was if the work is broken off."""
-    find_blocks(model)  # refuse an unknown architecture before the copy
-    if not inplace:
-        yield use_linear_everywhere(copy.deepcopy(model))
-        return
-    before = dict(model.named_modules())
-    try:
-        yield use_linear_everywhere(model)
-    except BaseException:
-        now = dict(model.named_modules())
-        for name, part in before.items():
-            if now.get(name) is not part:
-                model.set_submodule(name, part)
-                now = dict(model.named_modules())
-        raise

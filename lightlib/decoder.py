@@ -127,7 +127,7 @@ def linears(module: nn.Module) -> dict[str, nn.Linear | CompactLinear]:
 
 
 def linear_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """(out, in) of every layer in `module` that multiplies by a weight, GPT-2's Conv1D among them, by name."""
+    """(out, in) of every layer in `module` that multiplies by a weight, GPT-2's Conv1D too, by name."""
     from transformers.pytorch_utils import Conv1D
 
     shapes = {name: (part.out_features, part.in_features) for name, part in linears(module).items()}

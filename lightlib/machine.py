@@ -49,24 +49,29 @@ def roofline(device: str | torch.device = "cpu", dtype: torch.dtype = torch.floa
 
 @functools.cache
 def _roofline(device: str, dtype: torch.dtype, threads: int) -> Roofline:
-    cuda = torch.device(device).type == "cuda"
     n = 2**28  # well beyond any cache
     source, target = (
         torch.zeros(n, dtype=torch.uint8, device=device),
         torch.empty(n, dtype=torch.uint8, device=device),
     )
-    side = 8192 if cuda else 1024
     numbers = source.view(torch.float32)
-    square = torch.ones(side, side, dtype=dtype, device=device)
     one = torch.ones(1, device=device)
     return Roofline(
         copy_gb_per_s=2 * n / seconds(lambda: target.copy_(source), device) / 1e9,
         read_gb_per_s=n / seconds(numbers.sum, device) / 1e9,
-        matmul_gflop_per_s=2 * side**3 / seconds(lambda: square @ square, device) / 1e9,
+        matmul_gflop_per_s=matmul_rate(device, dtype),
         dispatch_us=seconds(lambda: [one.add_(0) for _ in range(100)], device) * 1e4,
         device=device,
         dtype=str(dtype).removeprefix("torch."),
     )
+
+
+@functools.cache
+def matmul_rate(device: str, dtype: torch.dtype = torch.float32) -> float:
+    """GFLOP/s of a large square product."""
+    side = 8192 if torch.device(device).type == "cuda" else 1024
+    square = torch.ones(side, side, dtype=dtype, device=device)
+    return 2 * side**3 / seconds(lambda: square @ square, device) / 1e9
 
 
 def seconds(work: Callable[[], object], device: str | torch.device = "cpu", repeats: int = 7) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightlib.calibration import changing
+from lightlib.change import changing
 from lightlib.report import Compressed, Report
 
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,15 @@ class Compressed(NamedTuple):
 
     model: nn.Module
     report: Report
+
+
+def relative_error(before: Tensor, after: Tensor, gram: Tensor | None = None) -> float:
+    """||(W - W')X|| / ||WX|| from the inputs' gram X^T X; of the weights alone when `gram` is None."""
+    gone = before - after
+    if gram is None:
+        return (gone.norm() / before.norm().clamp_min(1e-30)).item()
+    lost, whole = ((m @ gram * m).sum().clamp_min(0) for m in (gone, before))
+    return (lost / whole.clamp_min(1e-30)).sqrt().item()
 
 
 def table(head: tuple[str, ...], lines: list[tuple]) -> str:

@@ -49,8 +49,8 @@ def _prose(split: str) -> str:
             .decode("utf-8")
         )
     pages = re.split(r"(?m)^### START: .*\n", raw)[1:]
-    # the first 18 columns were proofread, the later ones hold scanning errors; from 44 on: bibliography
-    chosen = pages[:12] if split == "test" else pages[12:44]
+    # the first 18 columns were proofread, the later ones hold scanning errors; from 46 on: bibliography
+    chosen = pages[:12] if split == "test" else pages[12:46]
     return "\n\n".join(filter(None, map(_unwrap, chosen)))
 
 

@@ -215,3 +215,11 @@ def test_compare_puts_the_first_model_first(llama, calib):
 def test_explain_refuses_what_is_no_decoder():
     with pytest.raises(ValueError, match="is not a decoder"):
         explain(nn.Linear(2, 2))
+
+
+def test_a_walk_with_data_says_beforehand_what_it_will_take(llama, calib, capsys):
+    rtn(llama, calib, grid=Int(4))
+    shown = capsys.readouterr().err
+    assert "GB beside the model and 1 s" in shown
+    rtn(llama, calib, grid=Int(4), progress=False)
+    assert capsys.readouterr().err == ""

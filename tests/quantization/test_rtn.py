@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from lightlib.calibration import relative_error
 from lightlib.decoder import linears
 from lightlib.quantization.grid import Int
 from lightlib.quantization.linear import QuantLinear
 from lightlib.quantization.rtn import rtn, rtn_weight
+from lightlib.report import relative_error
 
 
 def test_weights_on_the_grid_come_back_bit_for_bit():

@@ -1,0 +1,30 @@
+"""The model that a method changes: a copy, or the caller's own, safe from work that is broken off."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from lightlib.decoder import find_blocks, use_linear_everywhere
+
+
+@contextmanager
+def changing(model: nn.Module, inplace: bool) -> Iterator[nn.Module]:
+    """The model to change: a copy, or the caller's own, put back as it was if the work is broken off."""
+    find_blocks(model)  # refuse an unknown architecture before the copy
+    if not inplace:
+        yield use_linear_everywhere(copy.deepcopy(model))
+        return
+    before = dict(model.named_modules())
+    try:
+        yield use_linear_everywhere(model)
+    except BaseException:
+        now = dict(model.named_modules())
+        for name, part in before.items():
+            if now.get(name) is not part:
+                model.set_submodule(name, part)
+                now = dict(model.named_modules())
+        raise
