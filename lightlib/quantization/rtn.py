@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lightlib.calibration import Gram, changing, stream_blocks
+from lightlib.calibration import Gram, stream_blocks
+from lightlib.change import changing
 from lightlib.quantization.grid import Int, QuantizedWeight
 from lightlib.quantization.linear import QuantLinear
 from lightlib.report import Compressed, Report
