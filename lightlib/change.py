@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from lightlib.decoder import find_blocks, use_linear_everywhere
@@ -13,11 +14,19 @@ from lightlib.decoder import find_blocks, use_linear_everywhere
 
 @contextmanager
 def changing(model: nn.Module, inplace: bool) -> Iterator[nn.Module]:
-    """The model to change: a copy, or the caller's own, put back as it was if the work is broken off."""
+    """The model to change: a copy, or the caller's own, put back as it was if the work is broken off.
+
+    Gradients are off inside; a method that trains turns them on where it does.
+    """
     find_blocks(model)  # refuse an unknown architecture before the copy
-    if not inplace:
-        yield use_linear_everywhere(copy.deepcopy(model))
-        return
+    with torch.no_grad():
+        if inplace:
+            yield from _restoring(model)
+        else:
+            yield use_linear_everywhere(copy.deepcopy(model))
+
+
+def _restoring(model: nn.Module) -> Iterator[nn.Module]:
     before = dict(model.named_modules())
     try:
         yield use_linear_everywhere(model)

@@ -77,8 +77,11 @@ def compare(
 
 
 def _row(name, model, reference, tests, prompt, new, batch) -> Row:
-    quality = perplexity(model, tests)
-    kl = 0.0 if model is reference else divergence(model, reference, tests).mean_kl
+    if model is reference:
+        quality, kl = perplexity(model, tests), 0.0
+    else:
+        against = divergence(model, reference, tests)
+        quality, kl = against.perplexity, against.mean_kl
     time = latency(model, prompt, new, batch)
     weights = size(model)
     return Row(

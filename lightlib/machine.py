@@ -49,7 +49,7 @@ def roofline(device: str | torch.device = "cpu", dtype: torch.dtype = torch.floa
 
 @functools.cache
 def _roofline(device: str, dtype: torch.dtype, threads: int) -> Roofline:
-    n = 2**28  # well beyond any cache
+    n = 2**27  # beyond any cache
     source, target = (
         torch.zeros(n, dtype=torch.uint8, device=device),
         torch.empty(n, dtype=torch.uint8, device=device),

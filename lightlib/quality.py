@@ -33,6 +33,7 @@ class Divergence:
 
     mean_kl: float  # nats a token, KL(reference || model)
     top1_agreement: float  # fraction of positions with the same most likely token
+    perplexity: float  # the model's own, from the same pass
     tokens: int
 
     def _repr_html_(self) -> str:
@@ -41,14 +42,15 @@ class Divergence:
 
 def divergence(model: nn.Module, reference: nn.Module, batches: list[Tensor]) -> Divergence:
     """Mean KL(reference || model) of the next-token distributions. A model against itself has 0."""
-    kl, same, count = 0.0, 0, 0
+    nll, kl, same, count = 0.0, 0.0, 0, 0
     pairs = zip(_windows(model, batches), _windows(reference, batches), strict=True)
-    for (_, ours), (_, theirs) in pairs:
+    for (ids, ours), (_, theirs) in pairs:
         p, q = theirs.log_softmax(-1), ours.log_softmax(-1).to(theirs.device)
-        kl += (p.exp() * (p - q)).sum().item()
+        nll -= q.gather(-1, ids[:, 1:, None].to(q.device)).sum().item()
+        kl += F.kl_div(q, p, reduction="sum", log_target=True).item()
         same += (p.argmax(-1) == q.argmax(-1)).sum().item()
         count += p[..., 0].numel()
-    return Divergence(max(kl / count, 0.0), same / count, count)
+    return Divergence(max(kl / count, 0.0), same / count, math.exp(nll / count), count)
 
 
 @torch.no_grad()

@@ -120,6 +120,8 @@ def test_report_rows_are_the_modules_changed_and_size_is_the_sum_of_stored_bits(
     assert all(row.shape == (changed[row.name].out_features, changed[row.name].in_features) for row in report)
     assert all(0 <= row.error < 1.5 and row.bits_after < row.bits_before for row in report)
 
+    assert not any(t.grad_fn for _, t in tensors(light)), "a graph would keep the dense weights alive"
+
     rest = {t.data_ptr(): t for n, t in tensors(light) if n.rpartition(".")[0] not in changed}
     bits = sum(part.stored_bits() for part in changed.values())
     assert size(light).stored_bytes * 8 == bits + sum(t.numel() * t.element_size() * 8 for t in rest.values())

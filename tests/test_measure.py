@@ -49,6 +49,7 @@ def test_perplexity_does_not_depend_on_how_windows_are_batched(llama, calib):
 def test_a_model_does_not_diverge_from_itself_and_does_from_another(llama, calib):
     same = divergence(llama, llama, calib)
     assert (same.mean_kl, same.top1_agreement, same.tokens) == (0.0, 1.0, 2 * 23 + 16)
+    assert same.perplexity == pytest.approx(perplexity(llama, calib), rel=1e-5)
     near = divergence(rtn(llama, grid=Int(4), progress=False).model, llama, calib)
     far = divergence(rtn(llama, grid=Int(2), progress=False).model, llama, calib)
     assert 0 < near.mean_kl < far.mean_kl and far.top1_agreement < near.top1_agreement <= 1

@@ -85,7 +85,8 @@ class Int:
         return W.to(dtype).reshape(codes.shape)
 
     def encode(self, weight: Tensor, name: str = "weight") -> QuantizedWeight:
-        """Round every weight (out, in) to its nearest grid point."""
+        """Round every weight (out, in) to its nearest grid point, outside any gradient's graph."""
+        weight = weight.detach()
         if not torch.isfinite(weight).all():
             raise ValueError(
                 f"{name}: {(~torch.isfinite(weight)).sum()} weights are NaN or infinite; mend them first"
