@@ -1,50 +1,57 @@
-"""Sentences and questions for the tasks, filled from templates: the same ones on every machine and for ever."""
+"""Sentences and questions for the tasks, filled from templates: the same on every machine, for ever."""
 
 from __future__ import annotations
 
-# `good/bad` in a word or template marks where the two sentences of a pair differ
+import random
+import re
+
+# good/bad: where the two sentences of a pair differ; an underscore is a space
+LEXICON = """
+name: Mary Peter Anna David Laura Simon Helen Frank Alice Thomas Ruth Martin
+man: Peter David Simon Frank Thomas Martin Robert George
+woman: Mary Anna Laura Helen Alice Ruth Susan Emma
+person: teacher doctor farmer student artist lawyer singer nurse driver painter
+people: teachers doctors farmers students artists lawyers singers nurses drivers painters
+place: park station market school museum library garden harbour
+thing: book cup letter coin ticket bottle lamp hat knife pencil
+things: books cups letters coins tickets bottles lamps hats knives pencils
+box: drawer basket cupboard bag kitchen garage bedroom cellar suitcase
+mood: tired happy late angry famous busy hungry ready
+color: red green blue yellow black white brown orange
+count: 2 3 4 5 6 7 8 9 10
+number: two three four five six seven eight nine ten
+animal: dog cat horse rabbit goat parrot sheep donkey
+city: Paris London Rome Madrid Berlin Vienna Athens Dublin
+day: Monday Tuesday Wednesday Thursday Friday Saturday Sunday
+job: teacher doctor farmer baker lawyer singer nurse driver painter
+near: next_to behind in_front_of near with opposite
+walks: walks/walk runs/run drives/drive goes/go comes/come returns/return hurries/hurry
+walk: walk/walks run/runs drive/drives go/goes come/comes return/returns hurry/hurries
+know: know admire visit remember help trust follow
+knows: knows admires visits remembers helps trusts follows
+one: book/books cup/cups letter/letters coin/coins ticket/tickets bottle/bottles hat/hats
+many: books/book cups/cup letters/letter coins/coin tickets/ticket bottles/bottle hats/hat
+hurt: hurt saw blamed introduced asked enjoyed taught prepared
+subject: he/him she/her they/them we/us I/me
+object: him/he her/she them/they us/we me/I
+did: ate/eaten_the_bread broke/broken_the_window wrote/written_the_letter took/taken_the_bus sang/sung_it \
+    stole/stolen_a_car saw/seen_the_picture drank/drunk_the_milk chose/chosen_the_colour drew/drawn_a_house
+done: eaten/ate_the_bread broken/broke_the_window written/wrote_the_letter taken/took_the_bus sung/sang_it \
+    stolen/stole_a_car seen/saw_the_picture drunk/drank_the_milk chosen/chose_the_colour drawn/drew_a_house
+ever: seen_the_sea been_to_Rome read_the_letter told_a_lie bought_a_hat met_the_king lost_a_game eaten_fish
+liquid: water milk money time rice sugar salt bread
+vowel: apple egg orange onion umbrella owl insect actor engineer old_lamp empty_box angry_dog
+consonant: banana table letter dog hat bird ticket baker sailor red_lamp heavy_box tired_horse
+can: can must will should could might
+act: walk/walked_home read/reading_the_letter sing/sings_a_song buy/bought_a_house open/opened_the_door \
+    eat/eating_the_soup wait/waits_outside write/wrote_a_book
+"""
 WORDS = {
-    "name": ["Mary", "Peter", "Anna", "David", "Laura", "Simon", "Helen", "Frank", "Alice", "Thomas", "Ruth", "Martin"],
-    "man": ["Peter", "David", "Simon", "Frank", "Thomas", "Martin", "Robert", "George"],
-    "woman": ["Mary", "Anna", "Laura", "Helen", "Alice", "Ruth", "Susan", "Emma"],
-    "person": ["teacher", "doctor", "farmer", "student", "artist", "lawyer", "singer", "nurse", "driver", "painter"],
-    "people": ["teachers", "doctors", "farmers", "students", "artists", "lawyers", "singers", "nurses", "drivers", "painters"],
-    "place": ["park", "station", "market", "school", "museum", "library", "garden", "harbour"],
-    "thing": ["book", "cup", "letter", "coin", "ticket", "bottle", "lamp", "hat", "knife", "pencil"],
-    "things": ["books", "cups", "letters", "coins", "tickets", "bottles", "lamps", "hats", "knives", "pencils"],
-    "box": ["drawer", "basket", "cupboard", "bag", "kitchen", "garage", "bedroom", "cellar", "suitcase"],
-    "mood": ["tired", "happy", "late", "angry", "famous", "busy", "hungry", "ready"],
-    "color": ["red", "green", "blue", "yellow", "black", "white", "brown", "orange"],
-    "number": ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"],
-    "animal": ["dog", "cat", "horse", "rabbit", "goat", "parrot", "sheep", "donkey"],
-    "city": ["Paris", "London", "Rome", "Madrid", "Berlin", "Vienna", "Athens", "Dublin"],
-    "day": ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"],
-    "near": ["next to", "behind", "in front of", "near", "with", "opposite"],
-    "walks": ["walks/walk", "runs/run", "drives/drive", "goes/go", "comes/come", "returns/return", "hurries/hurry"],
-    "walk": ["walk/walks", "run/runs", "drive/drives", "go/goes", "come/comes", "return/returns", "hurry/hurries"],
-    "know": ["know", "admire", "visit", "remember", "help", "trust", "follow"],
-    "knows": ["knows", "admires", "visits", "remembers", "helps", "trusts", "follows"],
-    "one": ["book/books", "cup/cups", "letter/letters", "coin/coins", "ticket/tickets", "bottle/bottles", "hat/hats"],
-    "many": ["books/book", "cups/cup", "letters/letter", "coins/coin", "tickets/ticket", "bottles/bottle", "hats/hat"],
-    "hurt": ["hurt", "saw", "blamed", "introduced", "asked", "enjoyed", "taught", "prepared"],
-    "subject": ["he/him", "she/her", "they/them", "we/us", "I/me"],
-    "object": ["him/he", "them/they", "us/we", "me/I"],
-    "did": ["ate/eaten the bread", "broke/broken the window", "wrote/written the letter", "took/taken the bus",
-            "saw/seen the picture", "stole/stolen the car", "sang/sung the song", "drank/drunk the milk",
-            "chose/chosen the colour", "drew/drawn the house", "began/begun the work", "gave/given it away"],
-    "done": ["eaten/ate the bread", "broken/broke the window", "written/wrote the letter", "taken/took the bus",
-             "seen/saw the picture", "stolen/stole the car", "sung/sang the song", "drunk/drank the milk",
-             "chosen/chose the colour", "drawn/drew the house", "begun/began the work", "given/gave it away"],
-    "ever": ["ever seen the sea", "ever been to Rome", "ever read the letter", "ever told a lie",
-             "ever bought a hat", "ever met the king", "ever lost a game", "ever eaten fish"],
-    "liquid": ["water", "milk", "money", "time", "rice", "sugar", "salt", "bread"],
-    "vowel": ["apple", "egg", "orange", "onion", "umbrella", "island", "answer", "old_lamp", "empty_box", "angry_dog", "idea", "uncle"],
-    "consonant": ["banana", "house", "letter", "dog", "hat", "garden", "ticket", "red_lamp", "heavy_box", "tired_horse", "plan", "sister"],
-    "can": ["can", "must", "will", "should", "could", "might"],
-    "act": ["walk/walked home", "read/reading the letter", "sing/sings a song", "buy/bought a house",
-            "open/opened the door", "eat/eating the soup", "wait/waits outside", "write/wrote a book"],
-    "job": ["teacher", "doctor", "farmer", "baker", "lawyer", "singer", "nurse", "driver", "painter"],
-}  # fmt: skip
+    slot: [word.replace("_", " ") for word in words.split()]
+    for slot, words in (line.split(":") for line in LEXICON.strip().splitlines())
+}
+
+SLOT = re.compile(r"{(\w+)}")
 
 # both sentences of a pair open with the same word, whose probability cancels: no start token is needed
 GRAMMAR = {
@@ -68,7 +75,7 @@ GRAMMAR = {
         "Yesterday {man} {hurt} himself/herself at the {place}.",
         "Yesterday {woman} {hurt} herself/himself at the {place}.",
         "Yesterday the {people} {hurt} themselves/himself at the {place}.",
-        "Yesterday the {person} {near} {man} {hurt} himself/themselves.",
+        "Yesterday {man}, who {knows} the {people}, {hurt} himself/themselves.",
     ],
     "pronoun case": [
         "At the {place} {subject} met {name} and the {person}.",
@@ -79,9 +86,9 @@ GRAMMAR = {
         "The {person} says that {name} has {done}.",
     ],
     "negation and ever": [
-        "In the end no/some {person} has {ever}.",
-        "I think that nobody/everybody here has {ever}.",
-        "I know that {name} has not/also {ever}.",
+        "In the end no/some {person} has ever {ever}.",
+        "I think that nobody/everybody here has ever {ever}.",
+        "I know that {name} has not/also ever {ever}.",
     ],
     "much and many": [
         "At the {place} {name} had too much/many {liquid}.",
@@ -101,56 +108,75 @@ GRAMMAR = {
     ],
 }
 
-# a fact, told of three things; a question about one of them; the slot that answers it
-QUESTIONS = [
-    ("{name} put the {thing} in the {box}.", "Where did {name} put the {thing}?", "box"),
-    ("The {thing} on the table is {color}.", "What color is the {thing}?", "color"),
-    ("{name} bought {number} {things}.", "How many {things} did {name} buy?", "number"),
-    ("{name} found the {animal}.", "Who found the {animal}?", "name"),
-    ("{name} lives in {city}.", "Where does {name} live?", "city"),
-    ("{name} works as a {job}.", "What is the job of {name}?", "job"),
-    ("{name} will come on {day}.", "On which day will {name} come?", "day"),
-    ("The {animal} sleeps in the {place}.", "Where does the {animal} sleep?", "place"),
-]
+# a story, and a question for each slot that can be asked
+STORIES = {
+    "{name} lives in {city} and works as a {job}. On {day} {name} bought a {color} {thing}.": {
+        "city": "Where does {name} live?",
+        "job": "What is the job of {name}?",
+        "day": "On which day did {name} buy the {thing}?",
+        "color": "What color is the {thing}?",
+        "thing": "What did {name} buy?",
+        "name": "Who lives in {city}?",
+    },
+    "A {animal} slept near the {place}. It had {count} {color} {things} in a {box}. {name} took it home.": {
+        "place": "Where did the {animal} sleep?",
+        "count": "How many {things} did the {animal} have?",
+        "color": "What color were the {things}?",
+        "box": "Where were the {things}?",
+        "name": "Who took the {animal} home?",
+        "animal": "Which animal slept near the {place}?",
+    },
+    "The {job} gave {name} a {color} {thing} for {count} coins. It was {day}, and they met at the {place}.": {
+        "count": "How many coins did {name} pay?",
+        "day": "On which day did they meet?",
+        "place": "Where did they meet?",
+        "job": "Who gave {name} the {thing}?",
+        "color": "What color was the {thing}?",
+        "thing": "What did the {job} give to {name}?",
+    },
+}
 
-EXAMPLES = """Text: The chair is grey. The door is pink. The wall is purple.
-Question: What color is the door?
+# worked examples, for models that were never trained to chat; none of their words comes again
+EXAMPLES = """Text: Oliver was in Oslo with his pink violin. It was June, and 12 cooks were at the hotel.
+Question: Where was Oliver?
+Answer: Oslo
+Question: What color was the violin?
 Answer: pink
-
-Text: Jack gave the ball to Lucy. Emma gave the ring to Oliver. Jane gave the map to Henry.
-Question: Who has the map?
-Answer: Henry
-
-Text: Lucy slept in the tent. Oliver slept in the barn. Jack slept in the attic.
-Question: Where did Lucy sleep?
-Answer: tent
+Question: How many cooks were there?
+Answer: 12
 
 """
 
 
 def grammar_pairs(each: int = 20) -> list[tuple[str, str, str]]:
-    """(phenomenon, good sentence, bad sentence): `each` of every phenomenon, the phenomena taking turns."""
-    rng, pairs = random.Random(0), []
+    """(phenomenon, good sentence, bad sentence), no two the same; the phenomena take turns."""
+    rng, pairs = random.Random(0), {}
     for i in range(each):
         for phenomenon, templates in GRAMMAR.items():
-            template = templates[i % len(templates)]
-            words = {slot: _some(rng, WORDS[slot], 1)[0] for slot in re.findall(r"{(\w+)}", template)}
-            both = template.format(**words).replace("_", " ")
-            good, bad = (re.sub(r"(\w+)/(\w+)", side, both) for side in (r"\1", r"\2"))
-            pairs.append((phenomenon, good, bad))
-    return pairs
+            pair = None
+            while pair is None or pair in pairs:
+                pair = (phenomenon, *_pair(rng, templates[i % len(templates)]))
+            pairs[pair] = None
+    return list(pairs)
 
 
-def question_items(each: int = 10) -> list[tuple[str, str, str, list[str]]]:
-    """(text, question, answer, candidates): three facts, one asked; the candidates fill the answer's slot in them."""
+def question_items(each: int = 4) -> list[tuple[str, str, str, list[str]]]:
+    """(text, question, answer, candidates): every question of every story `each` times, in turn.
+
+    candidates: all the words that fill the story's slots, the answer among them.
+    """
     rng, items = random.Random(0), []
-    for i in range(each):
-        for fact, question, slot in QUESTIONS:
-            drawn = {name: _some(rng, WORDS[name], 3) for name in re.findall(r"{(\w+)}", fact)}
-            facts = [{name: words[j] for name, words in drawn.items()} for j in range(3)]
-            text, asked = " ".join(fact.format(**f) for f in facts), facts[i % 3]
-            items.append((text, question.format(**asked), asked[slot], drawn[slot]))
+    for i in range(each * 6):
+        for story, asked in STORIES.items():
+            slot, question = list(asked.items())[i % 6]
+            words = {name: _some(rng, WORDS[name], 1)[0] for name in SLOT.findall(story)}
+            items.append((story.format(**words), question.format(**words), words[slot], list(words.values())))
     return items
+
+
+def _pair(rng: random.Random, template: str) -> list[str]:
+    both = template.format(**{slot: _some(rng, WORDS[slot], 1)[0] for slot in SLOT.findall(template)})
+    return [re.sub(r"(\w+)/(\w+)", side, both) for side in (r"\1", r"\2")]
 
 
 def _some(rng: random.Random, words: list[str], k: int) -> list[str]:

@@ -201,7 +201,7 @@ class TestTheDequantisedCache:
 
 @pytest.mark.model
 class TestTheRealModel:
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def windows(self, smollm):
         return batches(smollm[1], load_text("prose", "test"), n=3, length=512)
 
