@@ -1,4 +1,4 @@
-"""Figures of small tasks: ACC, EM, F1, BLEU, and the intervals that say how little a few dozen items prove."""
+"""Figures of small tasks: ACC, EM, F1, BLEU, and intervals that say how little a few dozen items prove."""
 
 from __future__ import annotations
 
