@@ -92,8 +92,13 @@ def test_what_a_killed_process_left_is_no_obstacle(index):
     downloads = home() / "downloads"
     downloads.mkdir(parents=True)
     (downloads / "thing-1.0.tar.gz.part").write_bytes(b"half")
-    hold = "from filelock import FileLock; import sys, time; FileLock(sys.argv[1]).acquire(); print(1, flush=True)"
-    command = [sys.executable, "-c", f"{hold}; time.sleep(60)", str(downloads / "thing-1.0.tar.gz.lock")]
+    hold = "import sys, time; from filelock import FileLock; FileLock(sys.argv[1]).acquire()"
+    command = [
+        sys.executable,
+        "-c",
+        f"{hold}; print(1, flush=True); time.sleep(60)",
+        str(downloads / "thing-1.0.tar.gz.lock"),
+    ]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE)
     holder.stdout.readline()
     holder.send_signal(signal.SIGKILL)

@@ -85,7 +85,8 @@ def test_only_calibration_hooks_and_only_decoder_names_architectures():
 
 
 def test_import_lightlib_is_quick_and_brings_nothing_heavy():
-    probe = "import sys, lightlib; print(sorted({'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)))"
+    heavy = {"torch", "transformers", "numpy", "matplotlib"}
+    probe = f"import sys, lightlib; print(sorted({heavy} & set(sys.modules)))"
     seconds = []
     for _ in range(3):
         begin = time.perf_counter()
