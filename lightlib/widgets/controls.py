@@ -1,0 +1,31 @@
+"""Controls in rows that line up, and what each of them takes, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import ipywidgets as W
+
+from lightlib.widgets.numbers import label
+
+
+def arrange(controls: Mapping[str, W.ValueWidget], shown: list[W.ValueWidget]) -> None:
+    """Columns that line up: every description as wide as the longest, none cut off."""
+    for name, control in controls.items():
+        control.description = control.description or label(name)
+    widest = max((len(control.description) for control in shown), default=0)
+    for control in shown:
+        control.style.description_width = f"{7.2 * widest + 6:.0f}px"
+        control.layout.width = control.layout.width or f"{7.2 * widest + 190:.0f}px"
+        control.layout.margin = "2px 18px 2px 0"
+
+
+def choices(control: W.ValueWidget) -> str:
+    """What a control takes, in words."""
+    if hasattr(control, "options"):
+        return "choose one of " + ", ".join(
+            repr(o[1] if isinstance(o, tuple) else o) for o in control.options
+        )
+    if hasattr(control, "min"):
+        return f"it goes from {control.min} to {control.max}"
+    return f"it takes a {type(control.value).__name__}"

@@ -1,0 +1,52 @@
+"""What devices can do, from their makers' data sheets: memory, bytes a second, multiplications a second."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Device:
+    """Memory in GB (10^9 bytes), GB/s, and GFLOP/s of dense 16-bit matrix products."""
+
+    name: str
+    memory_gb: float
+    gb_per_s: float
+    gflop_per_s: float
+
+    def seconds(self, n_bytes: float, n_flop: float) -> tuple[float, str]:
+        """(the least time that moving and computing take, "memory" or "compute": which of them it is)."""
+        moving, computing = n_bytes / self.gb_per_s / 1e9, n_flop / self.gflop_per_s / 1e9
+        return (moving, "memory") if moving >= computing else (computing, "compute")
+
+
+# Peaks: real code comes near and does not reach them. GPUs: dense, half of what sheets print with sparsity.
+DEVICES = {
+    device.name: device
+    for device in (
+        # LPDDR5X-9600 on a 64-bit bus (Snapdragon 8 Gen 3 product brief). Rate: an estimate for its six large
+        # cores' 16-bit vector units, 3.3 GHz x 64 + 5 x 3.1 GHz x 32 FLOP a cycle. 12 GB is a usual size
+        Device("phone", 12, 76.8, 700),
+        # DDR5-5600 on two channels: 2 x 8 bytes x 5.6 GHz. Rate: 8 cores x 3.5 GHz x two 256-bit FMAs
+        Device("laptop", 16, 89.6, 900),
+        # NVIDIA Ada GPU architecture whitepaper, appendix A: FP16 tensor, FP32 accumulate
+        Device("RTX 4090", 24, 1008, 165_200),
+        # NVIDIA A100 80GB data sheet, SXM: 2,039 GB/s, BF16 tensor 312 TFLOPS
+        Device("A100 80GB", 80, 2039, 312_000),
+        # NVIDIA H100 data sheet, SXM: 3.35 TB/s, BF16 tensor 1,979 TFLOPS with sparsity, half of it without
+        Device("H100", 80, 3350, 989_400),
+    )
+}
+
+
+def this_machine(roofline, memory_gb: float | None = None) -> Device:
+    """The present machine as a Device, from `lightlib.measure.roofline()`; memory_gb: the main memory."""
+    if memory_gb is None:
+        memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return Device("this machine", memory_gb, roofline.bandwidth, roofline.matmul_gflop_per_s)
+
+
+def known_devices(here: Device | None) -> dict[str, Device]:
+    """DEVICES, and `here` in front of them if it is given."""
+    return {here.name: here, **DEVICES} if here else dict(DEVICES)
