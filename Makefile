@@ -16,8 +16,6 @@ READY := .venv/.ready
 FETCHED := .venv/.fetched
 EXTRAS := .[lab,test]
 NO_NEWS := {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}
-# threads that wait for work leave the core to others
-export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: lab test lessons bundle lint format
 .DELETE_ON_ERROR:

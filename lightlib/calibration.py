@@ -199,8 +199,8 @@ def record(model: nn.Module, blocks: dict[str, nn.Module], batches: list[Tensor]
     return hidden, arguments
 
 
-def time_linears(model: nn.Module, ids: Tensor, steps: int) -> dict[str, float]:
-    """Milliseconds of each linear layer in a decode step after the prompt `ids`: medians of `steps`."""
+def time_linears(model: nn.Module, ids: Tensor, steps: int) -> tuple[dict[str, float], float]:
+    """Median milliseconds of each linear layer in a decode step after the prompt `ids`, and of the step."""
     from lightlib.cost import generate
 
     parts = {name: model.get_submodule(name) for name in linear_shapes(model)}
@@ -220,11 +220,12 @@ def time_linears(model: nn.Module, ids: Tensor, steps: int) -> dict[str, float]:
     hooks = [part.register_forward_pre_hook(start(name)) for name, part in parts.items()]
     hooks += [part.register_forward_hook(stop(name)) for name, part in parts.items()]
     try:
-        generate(model, ids, steps)
+        whole = generate(model, ids, steps)
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: statistics.median(found[1:]) * 1e3 for name, found in times.items()}
+    median = {name: statistics.median(found[1:]) * 1e3 for name, found in times.items()}
+    return median, statistics.median(whole[1:]) * 1e3
 
 
 def move(value, device):

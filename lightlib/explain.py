@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import math
-import statistics
 from collections import Counter
 from dataclasses import dataclass
 
@@ -94,9 +93,8 @@ def explain(model: nn.Module, context: int = 64, steps: int = 8) -> Explanation:
     device, dtype = device_of(model), model.dtype
     roof = roofline(device, dtype)
     ids = torch.arange(context, device=device)[None] % model.config.vocab_size
-    generate(model, ids, 2)
-    tpot = statistics.median(generate(model, ids, steps)[1:]) * 1e3
-    times = time_linears(model, ids, steps)
+    generate(model, ids, 2)  # warm up
+    times, tpot = time_linears(model, ids, steps)
     layers = tuple(
         _facts(model, name, shape, times[name], roof, device) for name, shape in linear_shapes(model).items()
     )
@@ -162,6 +160,6 @@ def _limit(layers: tuple[LayerFacts, ...], tpot: float, linears_ms: float, floor
     held = {
         "memory": "moving weights is the limit, which fewer bytes shorten",
         "compute": "arithmetic is the limit, which fewer bytes do not shorten",
-        "overhead": "the cost of starting and decoding in each layer is the limit, not its bytes",
+        "overhead": "most take over three times that, so overhead inside them is the limit, not bytes",
     }
     return f"{facts}: {held[spent.most_common(1)[0][0]]}"

@@ -50,8 +50,9 @@ def bars(values: Mapping[str, float | Mapping[str, float]], *, unit: str = "", t
     series = list(dict.fromkeys(s for group in groups.values() for s in group))
     thick = 0.8 / len(series)
     with styled():
-        fig = new_figure((WIDTH, 0.95 + 0.36 * max(1, 0.7 * len(series)) * len(groups)))
-        (ax,) = panels(fig, (1,), (0.25 + 0.09 * max(map(len, groups)),), right=0.9)
+        above = 0.25 * (series != [""])  # room for the legend between title and bars
+        fig = new_figure((WIDTH, 0.95 + above + 0.36 * max(1, 0.7 * len(series)) * len(groups)))
+        (ax,) = panels(fig, (1,), (0.25 + 0.09 * max(map(len, groups)),), right=0.9, top=0.35 + above)
         for i, one in enumerate(series):
             places = [row for row, group in enumerate(groups.values()) if one in group]
             numbers = [group[one] for group in groups.values() if one in group]
@@ -60,7 +61,8 @@ def bars(values: Mapping[str, float | Mapping[str, float]], *, unit: str = "", t
             ax.bar_label(drawn, [f"{n:,.4g}" for n in numbers], padding=4)
         ax.set_yticks(range(len(groups)), list(groups))
         ax.invert_yaxis()
-        ax.set(xlabel=unit, title=title)
+        ax.set(xlabel=unit)
+        ax.set_title(title, pad=6 + 72 * above)
         if series != [""]:
             ax.legend(loc="lower right", ncols=len(series), bbox_to_anchor=(1, 1), borderaxespad=0)
     lines = [
