@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightlib.compact import CompactLinear
 from lightlib.decoder import find_blocks, linear_shapes
 from lightlib.quality import device_of
-from lightlib.report import facts_table
+from lightlib.report import bars, facts_table, table, tidy
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Size:
     resident_bytes: int
 
     def _repr_html_(self) -> str:
-        return facts_table(self)
+        return facts_table(self, ("stored_bytes", "resident_bytes"))
 
 
 def size(model: nn.Module) -> Size:
@@ -56,7 +56,7 @@ class Flops:
     context: int
 
     def _repr_html_(self) -> str:
-        return facts_table(self)
+        return facts_table(self, ("prefill_per_token", "decode_per_token"))
 
 
 def flops(model: nn.Module, context: int = 256) -> Flops:
@@ -98,7 +98,7 @@ class Latency:
     dtype: str
 
     def _repr_html_(self) -> str:
-        return facts_table(self)
+        return facts_table(self, ("ttft_ms", "tpot_ms", "total_ms"))
 
 
 def latency(model: nn.Module, prompt: int = 256, new: int = 64, batch: int = 1, repeats: int = 3) -> Latency:
@@ -131,9 +131,28 @@ def latency(model: nn.Module, prompt: int = 256, new: int = 64, batch: int = 1, 
     )  # fmt: skip
 
 
-def throughput(model: nn.Module, batches: tuple[int, ...] = (1, 2, 4, 8), prompt: int = 64, new: int = 16):
-    """`latency` at each batch size: tokens a second when several sequences share the reading of weights."""
-    return tuple(latency(model, prompt, new, batch, repeats=1) for batch in batches)
+@dataclass(frozen=True)
+class Throughput:
+    """`Latency` at each batch size. Decoding a batch reads the weights once for all its sequences."""
+
+    runs: tuple[Latency, ...]
+
+    def __iter__(self):
+        return iter(self.runs)
+
+    def _repr_html_(self) -> str:
+        lines = [(r.batch, tidy(r.ttft_ms), tidy(r.tpot_ms), tidy(r.tokens_per_s)) for r in self.runs]
+        picture = [
+            (f"batch {r.batch}", r.tokens_per_s, f"{tidy(r.tokens_per_s)} tokens/s") for r in self.runs
+        ]
+        return table(("batch", "ttft ms", "tpot ms", "tokens/s"), lines) + bars(picture)
+
+
+def throughput(
+    model: nn.Module, batches: tuple[int, ...] = (1, 2, 4, 8), prompt: int = 64, new: int = 16
+) -> Throughput:
+    """`latency` at each batch size, prefill included in the tokens a second."""
+    return Throughput(tuple(latency(model, prompt, new, batch, repeats=1) for batch in batches))
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ class Roofline:
         return max(n_bytes / self.bandwidth, n_flops / self.matmul_gflop_per_s) / 1e6
 
     def _repr_html_(self) -> str:
-        return facts_table(self)
+        return facts_table(self, ("copy_gb_per_s", "read_gb_per_s"))
 
 
 def roofline(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Roofline:

@@ -37,7 +37,7 @@ class Divergence:
     tokens: int
 
     def _repr_html_(self) -> str:
-        return facts_table(self)
+        return facts_table(self, ("top1_agreement", "mean_kl"))
 
 
 def divergence(model: nn.Module, reference: nn.Module, batches: list[Tensor]) -> Divergence:

@@ -93,10 +93,11 @@ def table(head: tuple[str, ...], lines: list[tuple]) -> str:
     return "<table>" + row("".join(f"<th>{html.escape(h)}</th>" for h in head)) + "".join(cells) + "</table>"
 
 
-def facts_table(facts) -> str:
-    """The fields of a frozen dataclass as an HTML table; the unit is the end of the name."""
+def facts_table(facts, drawn: tuple[str, ...] = ()) -> str:
+    """The fields of a frozen dataclass as an HTML table, and those named in `drawn` as bars on one scale."""
     shown = [(f.name.replace("_", " "), tidy(getattr(facts, f.name))) for f in fields(facts)]
-    return table((type(facts).__name__, ""), shown)
+    picture = [(name.replace("_", " "), getattr(facts, name), tidy(getattr(facts, name))) for name in drawn]
+    return table((type(facts).__name__, ""), shown) + (bars(picture) if picture else "")
 
 
 def bars(rows: list[tuple[str, float, str]]) -> str:

@@ -85,6 +85,11 @@ def test_size_counts_shared_weights_once():
     assert counted.stored_bytes == counted.resident_bytes == 4 * counted.parameters + buffers
 
 
+def test_facts_are_shown_as_a_table_with_bars(llama):
+    shown = size(llama)._repr_html_()
+    assert f"{size(llama).stored_bytes:,}" in shown and shown.count("<div") == 2
+
+
 def test_size_of_a_quantized_model_shrinks_in_file_and_in_memory(llama):
     light = rtn(llama, grid=Int(4, group_size=16), progress=False).model
     before, after = size(llama), size(light)
@@ -138,7 +143,9 @@ def test_latency_of_what_cannot_run_is_refused(llama, knobs, words):
 
 
 def test_throughput_goes_through_the_batch_sizes(llama):
-    found = throughput(llama, (1, 4), prompt=8, new=2)
+    served = throughput(llama, (1, 4), prompt=8, new=2)
+    found = list(served)
+    assert served._repr_html_().count("<tr>") == 3 + 2
     assert [x.batch for x in found] == [1, 4] and all(x.tokens_per_s > 0 for x in found)
 
 

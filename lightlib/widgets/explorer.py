@@ -165,10 +165,8 @@ class Explorer(W.VBox):
     def _move(self, values: dict) -> None:
         for name in values:
             self._known(name)
-        for (
-            name,
-            control,
-        ) in self.controls.items():  # in their own order: one may set what the next can choose
+        # in the controls' own order: one may set what the next can choose
+        for name, control in self.controls.items():
             if name in values:
                 wanted = values[name]
                 try:
