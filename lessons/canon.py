@@ -38,6 +38,9 @@ def canon(notebook):
             if "data" in output:
                 output.metadata = nbformat.from_dict({k: v for k, v in output.metadata.items() if v})
                 tidy(output.data)
+            if output.output_type == "error":
+                # a traceback names the machine's folders; what went wrong is in its last line
+                output.traceback = [f"{output.ename}: {output.evalue}"]
     return new
 
 

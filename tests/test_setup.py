@@ -23,7 +23,7 @@ EXTRAS = PROJECT["project"]["optional-dependencies"].values()
 NEEDS = [Requirement(line) for lines in (PROJECT["project"]["dependencies"], *EXTRAS) for line in lines]
 MACHINE = re.compile(r"(?<![\w.~$-])/(?:home|root|work|opt|Users)/\w+")
 REGISTRY = re.compile(
-    r"pypi[.](?:org|io)|pythonhosted[.]org|anaconda[.](?:org|com)|pytorch[.]org/whl|npmjs[.]"
+    r"pypi[.](?:org|io)|python[h]osted[.]org|anaconda[.](?:org|com)|pytorch[.]org/whl|npmjs[.]"
 )
 
 
