@@ -25,11 +25,12 @@ TREE = Path(__file__).resolve().parents[1]
 PART_BYTES = 60 * 2**20
 ROOTS = (
     "nbval", "nbclient", "nbformat", "ipykernel", "ipywidgets", "pytest-xdist", "pennylane", "gguf",
+    "accelerate",
 )  # fmt: skip
 # what the GPU machine must have of its own; the bundle's packages are installed without looking for these
 PRESENT = {
     "torch", "triton", "transformers", "safetensors", "numpy", "scipy", "networkx", "matplotlib", "pillow",
-    "einops", "pytest", "tqdm", "filelock", "packaging", "pyyaml", "requests", "psutil",
+    "einops", "pytest", "tqdm", "filelock", "packaging", "pyyaml", "requests", "huggingface-hub",
 }  # fmt: skip
 # required by name, needed by no lesson: another simulator and its BLAS, the front end, debugger, completion
 LEFT_OUT = {
