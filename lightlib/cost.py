@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -202,4 +203,4 @@ def device_name(device: torch.device) -> str:
     """What the device is called, with the threads in use on a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{torch.cpu.get_capabilities().get('cpu_name', 'CPU')}, {torch.get_num_threads()} threads"
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
