@@ -71,10 +71,10 @@ class Report:
 
 
 class Compressed(NamedTuple):
-    """`light, report = method(model, batches)`."""
+    """`light, reports = method(model, batches)`."""
 
     model: nn.Module
-    report: Report
+    reports: Report
 
 
 def relative_error(before: Tensor, after: Tensor, gram: Tensor | None = None) -> float:

@@ -17,7 +17,7 @@ def logits(model, calib):
 
 
 def mean_error(compressed):
-    return compressed.report.mean_error
+    return compressed.reports.mean_error
 
 
 def test_no_step_changes_nothing(llama, calib):
@@ -35,7 +35,7 @@ def test_one_step_is_the_method_itself(llama, calib):
 def test_the_source_stays_and_rows_of_all_steps_are_kept(llama, calib):
     before = logits(llama, calib)
     step = partial(rtn, grid=Int(4), progress=False)
-    report = compress(llama, [step, step], calib).report
+    report = compress(llama, [step, step], calib).reports
     assert torch.equal(logits(llama, calib), before)
     assert len(report) == 14 and repr(report).startswith("rtn: 14 layers")
     assert compress(llama, [step], calib, inplace=True).model is llama

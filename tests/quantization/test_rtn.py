@@ -36,7 +36,7 @@ def test_the_reported_error_is_that_of_the_layers_output(llama, calib):
     X, W = torch.cat(seen), q.weight.detach()
     lost = light.model.layers[0].self_attn.q_proj.dense() - W
     assert report.rows[0].error == pytest.approx(((X @ lost.T).norm() / (X @ W.T).norm()).item(), rel=1e-4)
-    assert rtn(llama, grid=Int(3, group_size=16), progress=False).report.rows[0].error == pytest.approx(
+    assert rtn(llama, grid=Int(3, group_size=16), progress=False).reports.rows[0].error == pytest.approx(
         relative_error(W, W + lost), rel=1e-5
     )
 
