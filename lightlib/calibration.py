@@ -170,8 +170,7 @@ def forecast(blocks: dict[str, nn.Module], batches: list[Tensor], device) -> str
 
 
 def record(model: nn.Module, blocks: dict[str, nn.Module], batches: list[Tensor]):
-    """The hidden states that enter the first block, and the arguments that each block is given, for each
-    batch.
+    """For each batch the hidden state that enters the first block, and the arguments of each block.
 
     While recording, a block hands its input on unchanged, so this costs an embedding and a mask, no matmul.
     """
