@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightlib.report import facts_table
 
 LOGITS_AT_ONCE = 2**25  # 134 MB in float32: bounds memory, whatever the batch
+POSITIONS_AT_ONCE = 128  # of a window's logits, where softmax makes copies of them
 
 
 def perplexity(model: nn.Module, batches: list[Tensor]) -> float:
@@ -21,9 +22,9 @@ def perplexity(model: nn.Module, batches: list[Tensor]) -> float:
     A window of T tokens predicts T - 1. A uniform model over V tokens has perplexity V.
     """
     total, count = 0.0, 0
-    for ids, logits in _windows(model, batches):
-        total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
-        count += ids[:, 1:].numel()
+    for targets, logits in _predictions(model, batches):
+        total += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+        count += targets.numel()
     return math.exp(total / count)
 
 
@@ -43,10 +44,10 @@ class Divergence:
 def divergence(model: nn.Module, reference: nn.Module, batches: list[Tensor]) -> Divergence:
     """Mean KL(reference || model) of the next-token distributions. A model against itself has 0."""
     nll, kl, same, count = 0.0, 0.0, 0, 0
-    pairs = zip(_windows(model, batches), _windows(reference, batches), strict=True)
-    for (ids, ours), (_, theirs) in pairs:
+    pairs = zip(_predictions(model, batches), _predictions(reference, batches), strict=True)
+    for (targets, ours), (_, theirs) in pairs:
         p, q = theirs.log_softmax(-1), ours.log_softmax(-1).to(theirs.device)
-        nll -= q.gather(-1, ids[:, 1:, None].to(q.device)).sum().item()
+        nll -= q.gather(-1, targets[..., None].to(q.device)).sum().item()
         kl += F.kl_div(q, p, reduction="sum", log_target=True).item()
         same += (p.argmax(-1) == q.argmax(-1)).sum().item()
         count += p[..., 0].numel()
@@ -54,8 +55,8 @@ def divergence(model: nn.Module, reference: nn.Module, batches: list[Tensor]) ->
 
 
 @torch.no_grad()
-def _windows(model: nn.Module, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(ids (b, T), logits (b, T - 1, vocabulary) in float32), as many windows at once as memory allows."""
+def _predictions(model: nn.Module, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(targets (b, t), logits (b, t, vocabulary) in float32), a few windows and positions at a time."""
     if not batches:
         raise ValueError("no batches: lightlib.zoo.batches(tokenizer, text) makes them")
     if any(ids.shape[1] < 2 for ids in batches):
@@ -63,10 +64,12 @@ def _windows(model: nn.Module, batches: list[Tensor]) -> Iterator[tuple[Tensor, 
     device = device_of(model)
     model.eval()
     for batch in batches:
-        for ids in batch.to(device).split(
-            max(1, LOGITS_AT_ONCE // (batch.shape[1] * model.config.vocab_size))
-        ):
-            yield ids, model(ids, use_cache=False).logits[:, :-1].float()
+        at_once = max(1, LOGITS_AT_ONCE // (batch.shape[1] * model.config.vocab_size))
+        for ids in batch.to(device).split(at_once):
+            logits = model(ids, use_cache=False).logits[:, :-1]
+            parts = (t.split(POSITIONS_AT_ONCE, 1) for t in (ids[:, 1:], logits))
+            for targets, some in zip(*parts, strict=True):
+                yield targets, some.float()
 
 
 def device_of(model: nn.Module) -> torch.device:
