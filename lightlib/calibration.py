@@ -154,7 +154,8 @@ def stream_blocks(
         there = device or home
         block = Block(name, module.to(there), move(hidden, there), move(arguments.pop(name), there))
         yield block
-        hidden = block.run()
+        # nothing comes after the last block, so nothing needs its outputs
+        hidden = block.run() if arguments else []
         module.to(home)
 
 

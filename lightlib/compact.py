@@ -62,3 +62,8 @@ class CompactLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.settings()}"
+
+
+def compact_layers(model: nn.Module) -> dict[str, CompactLinear]:
+    """The compact layers in `model` by their name in it."""
+    return {name: part for name, part in model.named_modules() if isinstance(part, CompactLinear)}

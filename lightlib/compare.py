@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from lightlib.compact import CompactLinear
+from lightlib.compact import compact_layers
 from lightlib.cost import latency, size
 from lightlib.quality import device_of, divergence, perplexity
 from lightlib.report import bars, table, tidy
@@ -93,8 +92,8 @@ def _row(name, model, reference, tests, prompt, new, batch) -> Row:
 def speed(model: nn.Module) -> str:
     """Whether packed layers are multiplied as they are ("real") or decoded first ("simulated") at decode."""
     dtype, device = model.dtype, device_of(model)
-    packed = [part for part in model.modules() if isinstance(part, CompactLinear)]
-    real = sum(bool(part.fast_path(dtype, torch.device(device))[0]) for part in packed)
+    packed = compact_layers(model).values()
+    real = sum(bool(part.fast_path(dtype, device)[0]) for part in packed)
     if not packed:
         return "dense"
     return {len(packed): "real", 0: "simulated"}.get(real, f"real in {real} of {len(packed)}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightlib.compact import CompactLinear
+from lightlib.compact import compact_layers
 from lightlib.decoder import find_blocks, linear_shapes
 from lightlib.quality import device_of
 from lightlib.report import bars, facts_table, table, tidy
@@ -32,7 +32,7 @@ class Size:
 
 def size(model: nn.Module) -> Size:
     """Weights as the dense model would count them, bytes in a file, bytes in memory now."""
-    packed = {name: part for name, part in model.named_modules() if isinstance(part, CompactLinear)}
+    packed = compact_layers(model)
     parameters = sum(part.in_features * part.out_features for part in packed.values())
     stored_bits = sum(part.stored_bits() for part in packed.values())
     seen = set()

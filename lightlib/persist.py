@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightlib.compact import CompactLinear
+from lightlib.compact import CompactLinear, compact_layers
 from lightlib.decoder import find_blocks, use_linear_everywhere
 from lightlib.fetch import make_room
 
@@ -78,10 +78,6 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> nn.Module
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.to(device).eval()
-
-
-def compact_layers(model: nn.Module) -> dict[str, CompactLinear]:
-    return {name: part for name, part in model.named_modules() if isinstance(part, CompactLinear)}
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:

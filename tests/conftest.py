@@ -62,6 +62,17 @@ def random_model(family: str, dtype: torch.dtype = torch.float32):
     return model.to(dtype)
 
 
+@torch.no_grad()
+def inputs_of(layer, model, batches) -> torch.Tensor:
+    """What reaches `layer` when the dense model runs over the batches: (tokens, in)."""
+    seen = []
+    hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    for ids in batches:
+        model(ids)
+    hook.remove()
+    return torch.cat(seen)
+
+
 @pytest.fixture(params=CONFIGS)
 def family(request):
     return request.param

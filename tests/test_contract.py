@@ -9,10 +9,10 @@ import torch
 from lightlib import load, save
 from lightlib.calibration import Gram, stream_blocks
 from lightlib.catalog import METHODS
-from lightlib.compact import CompactLinear
+from lightlib.compact import CompactLinear, compact_layers
 from lightlib.cost import size
 from lightlib.decoder import cast, find_blocks, linears, roles
-from lightlib.persist import compact_layers
+from tests.conftest import inputs_of
 
 SETTINGS = [
     pytest.param(method, {knob: value}, id=f"{method.name}-{knob}={value}")
@@ -48,14 +48,8 @@ def test_what_changes_in_one_block_feeds_the_next(llama, calib):
 
 
 def test_gram_is_the_sum_of_outer_products_of_a_layers_inputs(llama, calib):
-    seen = []
     q = llama.model.layers[1].self_attn.q_proj
-    hook = q.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().flatten(0, -2)))
-    with torch.no_grad():
-        for ids in calib:
-            llama(ids)
-    hook.remove()
-    X = torch.cat(seen)
+    X = inputs_of(q, llama, calib)
     block = list(stream_blocks(llama, calib, progress=False))[1]
     gram = block.collect(Gram)["self_attn.q_proj"]
     assert gram.count == 2 * 24 + 17

@@ -6,6 +6,7 @@ from lightlib.quantization.grid import Int
 from lightlib.quantization.linear import QuantLinear
 from lightlib.quantization.rtn import rtn, rtn_weight
 from lightlib.report import relative_error
+from tests.conftest import inputs_of
 
 
 def test_weights_on_the_grid_come_back_bit_for_bit():
@@ -26,14 +27,8 @@ def test_eight_bits_change_the_logits_hardly_two_bits_a_lot(llama, calib):
 
 def test_the_reported_error_is_that_of_the_layers_output(llama, calib):
     light, report = rtn(llama, calib, grid=Int(3, group_size=16), progress=False)
-    seen = []
     q = llama.model.layers[0].self_attn.q_proj
-    hook = q.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().flatten(0, -2)))
-    with torch.no_grad():
-        for ids in calib:
-            llama(ids)
-    hook.remove()
-    X, W = torch.cat(seen), q.weight.detach()
+    X, W = inputs_of(q, llama, calib), q.weight.detach()
     lost = light.model.layers[0].self_attn.q_proj.dense() - W
     assert report.rows[0].error == pytest.approx(((X @ lost.T).norm() / (X @ W.T).norm()).item(), rel=1e-4)
     assert rtn(llama, grid=Int(3, group_size=16), progress=False).reports.rows[0].error == pytest.approx(
