@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightlib import load, save
-from lightlib.calibration import Gram, stream_blocks
+from lightlib.calibration import AbsMax, Gram, Samples, SquaredNorm, stream_blocks
 from lightlib.catalog import METHODS
 from lightlib.compact import CompactLinear, compact_layers
 from lightlib.cost import size
@@ -55,6 +55,18 @@ def test_gram_is_the_sum_of_outer_products_of_a_layers_inputs(llama, calib):
     assert gram.count == 2 * 24 + 17
     torch.testing.assert_close(gram.value, X.T @ X)
     assert not q._forward_pre_hooks
+
+
+def test_norms_maxima_and_samples_are_those_of_the_inputs(llama, calib):
+    X = inputs_of(llama.model.layers[0].mlp.down_proj, llama, calib)
+    block = next(stream_blocks(llama, calib, progress=False))
+
+    def collect(statistic):
+        return block.collect(statistic, of=("mlp.down_proj",))["mlp.down_proj"].value
+
+    torch.testing.assert_close(collect(SquaredNorm), X.square().sum(0))
+    assert torch.equal(collect(AbsMax), X.abs().amax(0))
+    assert torch.equal(collect(Samples), X)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
