@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lightlib.compact import CompactLinear
-from lightlib.decoder import find_blocks, linear_shapes, linears
+from lightlib.decoder import Roles, find_blocks, linear_shapes, linears, roles
 from lightlib.machine import matmul_rate
 from lightlib.report import LayerReport, relative_error
 
@@ -62,42 +63,76 @@ class Samples:
         self.value = torch.cat([self.value, x.float()[: self.limit - len(self.value)]])
 
 
+def together(*kinds: Callable) -> Callable:
+    """A statistic of several statistics, so that one run collects them all; their objects are in `parts`."""
+
+    class Together:
+        def __init__(self, n_in: int, device: torch.device):
+            self.parts = [kind(n_in, device) for kind in kinds]
+
+        def add(self, x: Tensor) -> None:
+            for part in self.parts:
+                part.add(x)
+
+    return Together
+
+
+class AllSeen(Exception):
+    """Raised inside a block's forward once every input asked for was seen: what follows is not needed."""
+
+
 @dataclass
 class Block:
-    """One decoder block in the walk, with the inputs that reach it."""
+    """One decoder block in the walk, with the inputs that reach it.
+
+    `stages`: its linears in the order they run; those in one stage read the same input.
+    """
 
     name: str
     module: nn.Module
+    roles: Roles
     inputs: list[Tensor]  # a hidden state (batch, length, d_model) for each batch
     arguments: list[tuple[tuple, dict]]  # what else the model hands this block, for each batch
     rows: list[LayerReport] = field(default_factory=list)
+    settled: dict[str, list] = field(default_factory=dict)  # what a part gave, for each batch
+    room: int = 2**30  # bytes that `settled` may take; beyond it, parts are run again
 
     @property
     def linears(self) -> dict[str, nn.Linear | CompactLinear]:
         return linears(self.module)
 
+    @property
+    def stages(self) -> list[tuple[str, ...]]:
+        return self.roles.stages
+
     @torch.no_grad()
     def run(self) -> list[Tensor]:
         """The block's outputs as it is now."""
-        return [
-            self.module(x, *args, **named)
-            for x, (args, named) in zip(self.inputs, self.arguments, strict=True)
-        ]
+        with self._handing_back_what_is_settled() as batch:
+            outputs = []
+            for batch[0], x in enumerate(self.inputs):
+                args, named = self.arguments[batch[0]]
+                with suppress(AllSeen):
+                    outputs.append(self.module(x, *args, **named))
+        return outputs
 
     def collect(
         self, statistic: Callable[[int, torch.device], object], of: tuple[str, ...] | None = None
     ) -> dict:
-        """{linear: statistic of its inputs} from a run over all batches; {} where there are none."""
+        """{linear: statistic of its inputs} from a run over all batches; {} where there are none.
+
+        Linears of one stage share one statistic. The run ends at the last input that is asked for.
+        """
         if not self.inputs:
             return {}
-        chosen = {name: part for name, part in self.linears.items() if of is None or name in of}
-        found = {name: statistic(part.in_features, self.inputs[0].device) for name, part in chosen.items()}
-        hooks = [
-            part.register_forward_pre_hook(
-                lambda _, args, s=found[name]: s.add(args[0].detach().flatten(0, -2))
-            )
-            for name, part in chosen.items()
-        ]
+        wanted = [[n for n in stage if of is None or n in of] for stage in self.stages]
+        wanted, found, parts = [names for names in wanted if names], {}, self.linears
+        hooks = []
+        for names in wanted:
+            one = statistic(parts[names[0]].in_features, self.inputs[0].device)
+            found |= dict.fromkeys(names, one)
+            hook = self._observer(one, last=names is wanted[-1])
+            hooks.append(parts[names[0]].register_forward_pre_hook(hook))
         try:
             self.run()
         finally:
@@ -105,10 +140,68 @@ class Block:
                 hook.remove()
         return found
 
+    @staticmethod
+    def _observer(statistic, last: bool):
+        def observe(_, args):
+            statistic.add(args[0].detach().flatten(0, -2))
+            if last:
+                raise AllSeen
+
+        return observe
+
+    def settle(self, names: tuple[str, ...]) -> None:
+        """These linears stay as they are from here on: later runs take their outputs from memory.
+
+        Where all linears of a part (the attention, say) are settled, the part itself is.
+        """
+        self.settled |= {name: [] for name in names}
+        for whole in {name.rpartition(".")[0] for name in names} - {""}:
+            inside = {f"{whole}.{name}" for name in linears(self.module.get_submodule(whole))}
+            if inside <= self.settled.keys():
+                self.settled = {n: kept for n, kept in self.settled.items() if n not in inside} | {whole: []}
+
+    @contextmanager
+    def _handing_back_what_is_settled(self) -> Iterator[list[int]]:
+        """While it lasts, settled parts give what they gave for batch [i] before."""
+        batch = [0]
+
+        def remembering(forward, kept):
+            def run(*args, **named):
+                if batch[0] < len(kept):
+                    return kept[batch[0]]
+                output = forward(*args, **named)
+                if batch[0] == len(kept) and self._held() + held_bytes(output) <= self.room:
+                    kept.append(output)
+                return output
+
+            return run
+
+        parts = {name: self.module.get_submodule(name) for name in self.settled}
+        try:
+            for name, part in parts.items():
+                part.forward = remembering(part.forward, self.settled[name])
+            yield batch
+        finally:
+            for part in parts.values():
+                vars(part).pop("forward", None)
+
+    def _held(self) -> int:
+        return sum(held_bytes(output) for kept in self.settled.values() for output in kept)
+
     def replace(
-        self, method: str, name: str, new: CompactLinear, gram: Tensor | None = None, notes: str = ""
+        self,
+        method: str,
+        name: str,
+        new: CompactLinear,
+        gram: Tensor | None = None,
+        notes: str = "",
+        inputs: Tensor | None = None,
     ):
-        """Put `new` where the linear `name` was and note what it costs."""
+        """Put `new` where the linear `name` was and note what it costs.
+
+        The error is that of its weights, or of its outputs over inputs with `gram`, or on the `inputs` (tokens,
+        in) themselves where the new layer changes its inputs too.
+        """
         old = self.module.get_submodule(name)
         before, after = weight_of(old), new.dense()
         bias = 0 if old.bias is None else old.bias.numel() * old.bias.element_size() * 8
@@ -124,11 +217,25 @@ class Block:
                 (new.out_features, new.in_features),
                 bits,
                 new.stored_bits() - bias,
-                relative_error(before, after.to(before.device), gram),
-                notes or ("" if gram is not None else "error of the weights alone"),
+                relative_error(before, after.to(before.device), gram)
+                if inputs is None
+                else output_error(before, old.bias, new, inputs),
+                notes or ("error of the weights alone" if gram is None and inputs is None else ""),
             )
         )
         self.module.set_submodule(name, new.to(before.device))
+
+
+def output_error(before: Tensor, bias: Tensor | None, new: nn.Module, inputs: Tensor) -> float:
+    """||Y - Y'|| / ||Y|| on `inputs` (tokens, in), with what the new layer computes, without biases."""
+    Y, shift = inputs @ before.T, 0 if bias is None else bias.float()
+    return ((new.to(inputs.device)(inputs) - shift - Y).norm() / Y.norm().clamp_min(1e-30)).item()
+
+
+def held_bytes(output) -> int:
+    """Bytes of the tensors in what a module returned."""
+    parts = output if isinstance(output, (tuple, list)) else (output,)
+    return sum(part.nbytes for part in parts if isinstance(part, Tensor))
 
 
 def weight_of(linear: nn.Linear | CompactLinear) -> Tensor:
@@ -152,7 +259,8 @@ def stream_blocks(
     for name, module in tqdm(blocks.items(), desc=title, unit="block", disable=not progress):
         home = next(module.parameters(), next(module.buffers(), torch.empty(0))).device
         there = device or home
-        block = Block(name, module.to(there), move(hidden, there), move(arguments.pop(name), there))
+        entering = move(hidden, there), move(arguments.pop(name), there)
+        block = Block(name, module.to(there), roles(model), *entering)
         yield block
         # nothing comes after the last block, so nothing needs its outputs
         hidden = block.run() if arguments else []

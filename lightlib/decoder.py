@@ -12,7 +12,12 @@ from lightlib.compact import CompactLinear
 
 @dataclass(frozen=True)
 class Roles:
-    """The names of a family's parts: from the model for the first three, from a block for the others."""
+    """The names of a family's parts: from the model for the first three, from a block for the others.
+
+    value, up: the linear whose last rows make the attention's values, and the MLP's hidden state before the
+    last layer; None where they are interleaved. gated: the MLP multiplies `up` by a gate, and applies no
+    activation to it. norm_offset: a norm multiplies by its weight plus this.
+    """
 
     blocks: str
     embedding: str
@@ -23,6 +28,10 @@ class Roles:
     attention_out: str
     mlp_in: tuple[str, ...]
     mlp_out: str
+    value: str | None = "self_attn.v_proj"
+    up: str = "mlp.up_proj"
+    gated: bool = True
+    norm_offset: float = 0.0
 
     @property
     def attention(self) -> tuple[str, ...]:
@@ -31,6 +40,11 @@ class Roles:
     @property
     def mlp(self) -> tuple[str, ...]:
         return (*self.mlp_in, self.mlp_out)
+
+    @property
+    def stages(self) -> list[tuple[str, ...]]:
+        """A block's linears in the order they run; those in one stage read the same input."""
+        return [self.attention_in, (self.attention_out,), self.mlp_in, (self.mlp_out,)]
 
 
 LLAMA = Roles(
@@ -44,17 +58,24 @@ LLAMA = Roles(
     mlp_in=("mlp.gate_proj", "mlp.up_proj"),
     mlp_out="mlp.down_proj",
 )
-GEMMA2 = replace(LLAMA, mlp_norm="pre_feedforward_layernorm")
+GEMMA = replace(LLAMA, norm_offset=1.0)
+GEMMA2 = replace(GEMMA, mlp_norm="pre_feedforward_layernorm")
 
 FAMILIES = {
     "llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
-    "gemma": LLAMA,
+    "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA2,
-    "phi3": replace(LLAMA, attention_in=("self_attn.qkv_proj",), mlp_in=("mlp.gate_up_proj",)),
+    "phi3": replace(
+        LLAMA,
+        attention_in=("self_attn.qkv_proj",),
+        mlp_in=("mlp.gate_up_proj",),
+        value="self_attn.qkv_proj",
+        up="mlp.gate_up_proj",
+    ),
     "phi": replace(
         LLAMA,
         final_norm="model.final_layernorm",
@@ -62,6 +83,8 @@ FAMILIES = {
         attention_out="self_attn.dense",
         mlp_in=("mlp.fc1",),
         mlp_out="mlp.fc2",
+        up="mlp.fc1",
+        gated=False,
     ),
     "opt": replace(
         LLAMA,
@@ -73,6 +96,8 @@ FAMILIES = {
         attention_out="self_attn.out_proj",
         mlp_in=("fc1",),
         mlp_out="fc2",
+        up="fc1",
+        gated=False,
     ),
     "gpt2": Roles(
         blocks="transformer.h",
@@ -84,6 +109,9 @@ FAMILIES = {
         attention_out="attn.c_proj",
         mlp_in=("mlp.c_fc",),
         mlp_out="mlp.c_proj",
+        value="attn.c_attn",
+        up="mlp.c_fc",
+        gated=False,
     ),
     "gpt_neox": Roles(
         blocks="gpt_neox.layers",
@@ -95,6 +123,9 @@ FAMILIES = {
         attention_out="attention.dense",
         mlp_in=("mlp.dense_h_to_4h",),
         mlp_out="mlp.dense_4h_to_h",
+        value=None,
+        up="mlp.dense_h_to_4h",
+        gated=False,
     ),
 }
 

@@ -1,13 +1,15 @@
-"""Integer grids: w is stored as a code q, and read back as scale * (q - zero).
+"""Grids: the few values that a weight may take, stored as codes and read back with a scale.
 
-Symmetric:   scale = max|w| / (2^(bits-1) - 1), codes from -(2^(bits-1) - 1) to the same, zero is zero.
-Asymmetric:  scale = (max - min) / (2^bits - 1), codes from 0 to 2^bits - 1, an integer zero point.
+Int, symmetric:   scale = max|w| / (2^(bits-1) - 1), codes from -(2^(bits-1) - 1) to the same, zero is zero.
+Int, asymmetric:  scale = (max - min) / (2^bits - 1), codes from 0 to 2^bits - 1, an integer zero point.
+Others (NF4, FP8: float_grids.py) are tables of values between -1 and 1, or -448 and 448, times a scale.
 One scale for the tensor, for each output channel (a row of W), or for each group of inputs in a row.
 Jacob et al. 2018, arXiv:1712.05877; groups as in Shen et al. 2020, arXiv:1909.05840.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
 
@@ -15,8 +17,74 @@ import torch
 from torch import Tensor
 
 
+class Grid:
+    """What all grids share: groups, and rounding a whole weight. A grid defines the rule for one group.
+
+    A subclass is a frozen dataclass with `bits`, `group_size`, `per_tensor`, `symmetric` and three rules:
+    `fit_groups` (..., group) -> scale, zero; `nearest` and `value` work element by element.
+    """
+
+    bits: int
+    group_size: int | None
+    per_tensor: bool = False
+    symmetric: bool = True
+    float_zero: bool = False
+
+    def groups(self, n_in: int, name: str = "weight") -> int:
+        """Number of groups in a row of `n_in` inputs."""
+        g = self.group_size or n_in
+        if n_in % g:
+            raise ValueError(
+                f"{name}: in_features {n_in} is not a multiple of group_size {g}; try {gcd(n_in, g)} or None"
+            )
+        return n_in // g
+
+    def fit(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(scale, zero), each (out, groups), or (1, 1) per tensor. The scale is rounded to 16 bits, as it is
+        stored.
+
+        zero: the code that stands for 0; with float_zero the minimum itself.
+        """
+        return self.fit_groups(self.grouped(weight))
+
+    def round_to_codes(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """The nearest code of each weight: uint8 (out, in)."""
+        codes = self.nearest(self.grouped(weight), scale[..., None], zero[..., None])
+        return codes.to(torch.uint8).reshape(weight.shape)
+
+    def read(self, codes: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights that the codes stand for (out, in)."""
+        values = self.value(self.grouped(codes), scale[..., None], zero[..., None])
+        return values.to(dtype).reshape(codes.shape)
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """`encode(weight).dense()` without the checks and the codes: (out, in) in float32."""
+        W = self.grouped(weight)
+        scale, zero = (part[..., None] for part in self.fit_groups(W))
+        return self.value(self.nearest(W, scale, zero), scale, zero).view(weight.shape)
+
+    def encode(self, weight: Tensor, name: str = "weight") -> QuantizedWeight:
+        """Round every weight (out, in) to its nearest grid point, outside any gradient's graph."""
+        weight = weight.detach()
+        if not torch.isfinite(weight).all():
+            raise ValueError(
+                f"{name}: {(~torch.isfinite(weight)).sum()} weights are NaN or infinite; mend them first"
+            )
+        self.groups(weight.shape[1], name)
+        scale, zero = self.fit(weight)
+        if not torch.isfinite(scale).all():
+            raise ValueError(f"{name}: weights up to {weight.abs().max():.3g} need a scale beyond 16 bits")
+        return QuantizedWeight(self, self.round_to_codes(weight, scale, zero), scale, zero)
+
+    def grouped(self, matrix: Tensor) -> Tensor:
+        """(out, in) as (out, groups, group), weights in float32; (1, 1, all) per tensor."""
+        matrix = matrix if matrix.dtype == torch.uint8 else matrix.float()
+        out, n_in = matrix.shape
+        return matrix.view(1, 1, -1) if self.per_tensor else matrix.view(out, self.groups(n_in), -1)
+
+
 @dataclass(frozen=True)
-class Int:
+class Int(Grid):
     """A grid of 2^bits integers. `group_size` inputs share a scale; None: a whole row (per channel).
 
     float_zero: store the group's minimum as a real number instead of an integer zero point (GGUF's Q4_1 does
@@ -44,22 +112,7 @@ class Int:
         """The largest code."""
         return 2**self.bits - 1
 
-    def groups(self, n_in: int, name: str = "weight") -> int:
-        """Number of groups in a row of `n_in` inputs."""
-        g = self.group_size or n_in
-        if n_in % g:
-            raise ValueError(
-                f"{name}: in_features {n_in} is not a multiple of group_size {g}; try {gcd(n_in, g)} or None"
-            )
-        return n_in // g
-
-    def fit(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """(scale, zero), each (out, groups), or (1, 1) per tensor. The scale is rounded to 16 bits, as it is
-        stored.
-
-        zero: the code of 0 (2^(bits-1) when symmetric); with float_zero the minimum itself.
-        """
-        W = self._grouped(weight)  # (out, groups, group)
+    def fit_groups(self, W: Tensor) -> tuple[Tensor, Tensor]:
         low, high = W.amin(-1), W.amax(-1)
         if self.symmetric:
             half = self.top // 2
@@ -71,53 +124,40 @@ class Int:
         scale = sixteen((high - low) / self.top)
         return scale, torch.where(scale > 0, (-low / scale).round(), 0).clamp(0, self.top)
 
-    def round_to_codes(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """The nearest code of each weight: uint8 (out, in)."""
-        W, s, z = self._grouped(weight), scale[..., None], zero[..., None]
-        steps = torch.where(s > 0, (W - z if self.float_zero else W) / s, 0)
-        codes = steps.round() + (0 if self.float_zero else z)
-        return codes.clamp(1 if self.symmetric else 0, self.top).to(torch.uint8).reshape(weight.shape)
+    def nearest(self, W: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        steps = (W - zero if self.float_zero else W) / scale.where(scale > 0, 1)
+        codes = steps.round_() if self.float_zero else steps.round_().add_(zero)
+        return codes.clamp_(1 if self.symmetric else 0, self.top)
 
-    def read(self, codes: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights that the codes stand for (out, in)."""
-        Q, s, z = self._grouped(codes), scale[..., None], zero[..., None]
-        W = Q * s + z if self.float_zero else (Q - z) * s
-        return W.to(dtype).reshape(codes.shape)
-
-    def encode(self, weight: Tensor, name: str = "weight") -> QuantizedWeight:
-        """Round every weight (out, in) to its nearest grid point, outside any gradient's graph."""
-        weight = weight.detach()
-        if not torch.isfinite(weight).all():
-            raise ValueError(
-                f"{name}: {(~torch.isfinite(weight)).sum()} weights are NaN or infinite; mend them first"
-            )
-        self.groups(weight.shape[1], name)
-        scale, zero = self.fit(weight)
-        if not torch.isfinite(scale).all():
-            raise ValueError(f"{name}: a scale of {weight.abs().max():.3g} / {self.top} does not fit 16 bits")
-        return QuantizedWeight(self, self.round_to_codes(weight, scale, zero), scale, zero)
-
-    def _grouped(self, matrix: Tensor) -> Tensor:
-        """(out, in) as float32 (out, groups, group); (1, 1, all) per tensor."""
-        out, n_in = matrix.shape
-        return (
-            matrix.float().view(1, 1, -1)
-            if self.per_tensor
-            else matrix.float().view(out, self.groups(n_in), -1)
-        )
+    def value(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        return codes * scale + zero if self.float_zero else (codes - zero).mul_(scale)
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight on a grid: codes uint8 (out, in), scale and zero (out, groups)."""
+    """A weight on a grid: codes uint8 (out, in), scale and zero (out, groups).
 
-    grid: Int
+    order: where groups do not lie side by side, column j of the codes is input order[j].
+    """
+
+    grid: Grid
     codes: Tensor
     scale: Tensor
     zero: Tensor
+    order: Tensor | None = None
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.grid.read(self.codes, self.scale, self.zero, dtype)
+        weight = self.grid.read(self.codes, self.scale, self.zero, dtype)
+        return weight if self.order is None else weight[:, self.order.long().argsort()]
+
+
+def grid_for(grid: Grid | Mapping[str, Grid], name: str) -> Grid:
+    """The grid of the layer `name`: one for all, or one a layer (see plan.py)."""
+    if isinstance(grid, Grid):
+        return grid
+    if name not in grid:
+        raise ValueError(f"{name}: the plan has no grid for it; it names {', '.join(list(grid)[:2])}, ...")
+    return grid[name]
 
 
 def sixteen(x: Tensor) -> Tensor:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from lightlib.compact import CompactLinear
+from lightlib.quantization.float_grids import FP8, NF4
 from lightlib.quantization.grid import Int, QuantizedWeight, pack, unpack
 
+GRIDS = {kind.__name__: kind for kind in (Int, NF4, FP8)}
 ATEN_GROUPS = (256, 128, 64, 32)  # what ATen's 4-bit matmul takes
 
 
@@ -26,34 +28,40 @@ class QuantLinear(CompactLinear):
         out_features, in_features = weight.codes.shape
         super().__init__(in_features, out_features, bias)
         grid = self.grid = weight.grid
-        zero = weight.zero.half() if grid.float_zero else pack(weight.zero.to(torch.uint8), grid.bits)
         self.register_buffer("codes", pack(weight.codes, grid.bits))
         self.register_buffer("scale", weight.scale.half())
-        self.register_buffer("zero", None if grid.symmetric else zero)
+        self.register_buffer("zero", None if grid.symmetric else self._packed_zero(weight.zero))
+        self.register_buffer("order", None if weight.order is None else weight.order.int())
         self.register_buffer("layout", None)  # the codes, arranged for ATen; takes the place of `codes`
         self.register_buffer("layout_scale", None)
         self.register_buffer("layout_shift", None)
 
     # what is stored
     def settings(self) -> dict:
-        return asdict(self.grid)
+        return {"kind_of_grid": type(self.grid).__name__, "ordered": self.order is not None} | asdict(
+            self.grid
+        )
 
     @classmethod
-    def empty(cls, in_features, out_features, bias=None, **settings) -> QuantLinear:
-        grid = Int(**settings)
-        scales = (1, 1) if grid.per_tensor else (out_features, grid.groups(in_features))
+    def empty(cls, in_features, out_features, bias=None, *, kind_of_grid, ordered, **grid) -> QuantLinear:
+        grid = GRIDS[kind_of_grid](**grid)
+        scales = torch.zeros((1, 1) if grid.per_tensor else (out_features, grid.groups(in_features)))
         codes = torch.zeros(out_features, in_features, dtype=torch.uint8)
-        return cls(QuantizedWeight(grid, codes, torch.zeros(scales), torch.zeros(scales)), bias)
+        order = torch.arange(in_features) if ordered else None
+        return cls(QuantizedWeight(grid, codes, scales, scales, order), bias)
 
     def stored(self) -> dict[str, Tensor]:
-        names = ("codes", "scale", "zero", "bias")
+        names = ("codes", "scale", "zero", "order", "bias")
         parts = {name: self._packed_codes() if name == "codes" else getattr(self, name) for name in names}
         return {name: part for name, part in parts.items() if part is not None}
 
     def stored_bits(self) -> int:
         codes = -(-self.in_features * self.out_features // 8) * 8 * self.grid.bits
-        rest = [part for part in (self.scale, self.zero, self.bias) if part is not None]
+        rest = [part for part in (self.scale, self.zero, self.order, self.bias) if part is not None]
         return codes + sum(part.numel() * part.element_size() * 8 for part in rest)
+
+    def _packed_zero(self, zero: Tensor) -> Tensor:
+        return zero.half() if self.grid.float_zero else pack(zero.to(torch.uint8), self.grid.bits)
 
     # what is read
     def quantized(self) -> QuantizedWeight:
@@ -61,16 +69,18 @@ class QuantLinear(CompactLinear):
         grid, scale = self.grid, self.scale.float()
         codes = unpack(self._packed_codes(), grid.bits, (self.out_features, self.in_features))
         if grid.symmetric:
-            zero = torch.full_like(scale, grid.top // 2 + 1)
+            zero = torch.full_like(scale, 2 ** (grid.bits - 1))
         else:
             zero = self.zero.float() if grid.float_zero else unpack(self.zero, grid.bits, scale.shape).float()
-        return QuantizedWeight(grid, codes, scale, zero)
+        return QuantizedWeight(grid, codes, scale, zero, self.order)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.quantized().dense(dtype)
 
     # what is fast
     def fast_path(self, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+        if not isinstance(self.grid, Int):
+            return "", f"no packed matmul here reads the values of {type(self.grid).__name__}"
         if torch.device(device).type != "cpu":
             return "", "there is no packed matmul for this device here, so each call decodes the weight first"
         if dtype != torch.bfloat16:
@@ -95,6 +105,7 @@ class QuantLinear(CompactLinear):
         if self.layout is None:
             self._arrange()
         flat = x.reshape(-1, self.in_features)
+        flat = flat if self.order is None else flat[:, self.order]
         if self.grid.bits > 4:
             y = torch._weight_int8pack_mm(flat, self.layout, self.layout_scale)
             if self.layout_shift is not None:

@@ -75,6 +75,11 @@ def test_a_minimum_in_16_bits_gives_back_what_ggufs_q4_1_stored():
     assert_close(Int(4, group_size=32, float_zero=True).encode(stored).dense(), stored, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("grid", [*GRIDS, Int(8, per_tensor=True)], ids=str)
+def test_rounding_without_codes_gives_what_the_codes_stand_for(grid):
+    assert torch.equal(grid.rounded(W), grid.encode(W).dense())
+
+
 def test_constant_and_zero_groups_survive():
     flat = torch.zeros(2, 16)
     flat[1] = 0.75
@@ -114,5 +119,5 @@ def test_errors_name_the_layer_the_number_and_the_way_out():
         Int(4, group_size=36).encode(W, "h.0.q")
     with pytest.raises(ValueError, match=r"h\.0\.q: 1 weights are NaN or infinite"):
         Int(4).encode(torch.tensor([[1.0, float("nan")]]), "h.0.q")
-    with pytest.raises(ValueError, match="does not fit 16 bits"):
+    with pytest.raises(ValueError, match="need a scale beyond 16 bits"):
         Int(4).encode(torch.tensor([[1e7, 0.0]]))
