@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightlib.exercise_data import EXERCISES, Exercise
+from lightlib.exercise_data import EXERCISES
+from lightlib.exercise_data.exercise import Exercise
 
 MARKS = {"ok": "[ok]", "wrong": "[not yet]", "todo": "[to do]"}
 COLORS = {"ok": "#1a7f37", "wrong": "#b35900", "todo": "#57606a"}

@@ -11,10 +11,11 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from lightlib.machine import one_thread
 from lightlib.quantization.grid import Int
 from lightlib.widgets.explorer import Explorer
 from lightlib.widgets.style import BLUE, HEAT, PALE, VERMILION, bar_rows, panels
-from lightlib.widgets.weights import cut, downsampled, groups_of, one_thread, part_to_show
+from lightlib.widgets.weights import cut, downsampled, groups_of, part_to_show
 
 BINS = 120
 ZEROS = ("none (symmetric)", "integer", "float (minimum)")

@@ -9,10 +9,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from lightlib.machine import one_thread
 from lightlib.quantization.grid import Int
 from lightlib.widgets.explorer import Explorer
 from lightlib.widgets.style import BLUE, GREY, HEAT, PALE, bar_rows, panels
-from lightlib.widgets.weights import cut, downsampled, groups_of, one_thread, part_to_show
+from lightlib.widgets.weights import cut, downsampled, groups_of, part_to_show
 
 KINDS = ("per_tensor", "per_channel", "per_group")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -34,17 +32,6 @@ def groups_of(n_in: int) -> list[int]:
     """The group sizes on offer that divide `n_in`, large to small."""
     sizes = ODD_GROUPS if n_in % 128 else GROUPS
     return [g for g in sizes if n_in % g == 0 and g < n_in]
-
-
-@contextlib.contextmanager
-def one_thread():
-    """torch on one thread: on such small work a second gains little, and stalls where cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def downsampled(matrix: Tensor, side: int = 64) -> np.ndarray:
