@@ -39,6 +39,12 @@ class Grid:
             )
         return n_in // g
 
+    def stored_bits(self, n_out: int, n_in: int) -> int:
+        """Bits of a weight (out, in) in a file: codes, 16-bit scales and zero points."""
+        groups = 1 if self.per_tensor else n_out * self.groups(n_in)
+        zeros = 0 if self.symmetric else 16 * groups if self.float_zero else whole_bytes(groups, self.bits)
+        return whole_bytes(n_out * n_in, self.bits) + 16 * groups + zeros
+
     def fit(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(scale, zero), each (out, groups), or (1, 1) per tensor. The scale is rounded to 16 bits, as it is
         stored.
@@ -163,6 +169,11 @@ def grid_for(grid: Grid | Mapping[str, Grid], name: str) -> Grid:
 def sixteen(x: Tensor) -> Tensor:
     """`x` as float16 stores it."""
     return x.half().float()
+
+
+def whole_bytes(n: int, bits: int) -> int:
+    """The bits that `n` packed codes take: 8 codes at a time."""
+    return -(-n // 8) * 8 * bits
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

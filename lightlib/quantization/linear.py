@@ -56,9 +56,8 @@ class QuantLinear(CompactLinear):
         return {name: part for name, part in parts.items() if part is not None}
 
     def stored_bits(self) -> int:
-        codes = -(-self.in_features * self.out_features // 8) * 8 * self.grid.bits
-        rest = [part for part in (self.scale, self.zero, self.order, self.bias) if part is not None]
-        return codes + sum(part.numel() * part.element_size() * 8 for part in rest)
+        rest = [part for part in (self.order, self.bias) if part is not None]
+        return self.grid.stored_bits(self.out_features, self.in_features) + sum(t.nbytes * 8 for t in rest)
 
     def _packed_zero(self, zero: Tensor) -> Tensor:
         return zero.half() if self.grid.float_zero else pack(zero.to(torch.uint8), self.grid.bits)
