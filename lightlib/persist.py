@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -28,9 +30,7 @@ def save(model: nn.Module, folder: str | Path, tokenizer=None) -> Path:
     """
     folder = Path(folder).expanduser()
     tensors = stored_tensors(model)
-    make_room(folder.parent, sum(t.numel() * t.element_size() for t in tensors.values()))
-    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
+    with whole_or_nothing(folder, sum(t.numel() * t.element_size() for t in tensors.values())) as draft:
         if compact_layers(model):
             save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
             (draft / "config.json").write_text(json.dumps(_config(model), indent=2))
@@ -40,6 +40,18 @@ def save(model: nn.Module, folder: str | Path, tokenizer=None) -> Path:
             model.save_pretrained(draft, max_shard_size="50GB")
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
+    return folder
+
+
+@contextlib.contextmanager
+def whole_or_nothing(folder: Path, n_bytes: int) -> Iterator[Path]:
+    """An empty folder with room for `n_bytes`; its files move into `folder` when all are written, or none."""
+    make_room(folder.parent, n_bytes)
+    # a folder that is there may be another disk than its parent, and files move within one disk only
+    place = folder if folder.is_dir() else folder.parent
+    draft = Path(tempfile.mkdtemp(dir=place, prefix=f".{folder.name}-"))
+    try:
+        yield draft
         folder.mkdir(exist_ok=True)
         for file in draft.iterdir():
             file.replace(folder / file.name)
@@ -47,7 +59,6 @@ def save(model: nn.Module, folder: str | Path, tokenizer=None) -> Path:
         raise OSError(f"{folder} could not be written ({error}); nothing was left half-written") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return folder
 
 
 def load(folder: str | Path, *, device: str | torch.device = "cpu") -> nn.Module:
