@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -199,8 +200,8 @@ class Block:
     ):
         """Put `new` where the linear `name` was and note what it costs.
 
-        The error is that of its weights, or of its outputs over inputs with `gram`, or on the `inputs` (tokens,
-        in) themselves where the new layer changes its inputs too.
+        The error is that of its weights, or of its outputs over inputs with `gram`, or on `inputs` (tokens, in)
+        where the new layer rounds its inputs too.
         """
         old = self.module.get_submodule(name)
         before, after = weight_of(old), new.dense()
@@ -305,6 +306,29 @@ def record(model: nn.Module, blocks: dict[str, nn.Module], batches: list[Tensor]
         for block in blocks.values():
             vars(block).pop("forward", None)
     return hidden, arguments
+
+
+@contextmanager
+def starting_at(model: nn.Module, block: Block) -> Iterator[None]:
+    """While it lasts, the model begins at `block`, with the inputs that reached it in the walk.
+
+    Call the model with the walk's batches, all of them and in their order.
+    """
+    blocks = find_blocks(model)
+    before = list(blocks)[: list(blocks).index(block.name)]
+    inputs = itertools.cycle(block.inputs)
+
+    def enter(_, *args, forward=block.module.forward, **named):
+        return forward(next(inputs), *args, **named)
+
+    try:
+        for name in before:
+            blocks[name].forward = lambda x, *_, **__: x
+        block.module.forward = enter
+        yield
+    finally:
+        for name in (*before, block.name):
+            vars(blocks[name]).pop("forward", None)
 
 
 def time_linears(model: nn.Module, ids: Tensor, steps: int) -> tuple[dict[str, float], float]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightlib import load, save
-from lightlib.calibration import AbsMax, Gram, Samples, SquaredNorm, stream_blocks
+from lightlib.calibration import AbsMax, Gram, Samples, SquaredNorm, starting_at, stream_blocks
 from lightlib.catalog import METHODS
 from lightlib.compact import CompactLinear, compact_layers
 from lightlib.cost import size
@@ -46,6 +46,49 @@ def test_what_changes_in_one_block_feeds_the_next(llama, calib):
         first.module.mlp.down_proj.weight.zero_()
     second = next(walk)
     assert all(torch.equal(a, b) for a, b in zip(first.run(), second.inputs, strict=True))
+
+
+def test_a_model_that_starts_at_a_block_gives_the_logits_it_gives_from_its_beginning(model, calib):
+    with torch.no_grad():
+        logits = [model(ids).logits for ids in calib]
+        for block in stream_blocks(model, calib, progress=False):
+            with starting_at(model, block):
+                for _ in range(2):
+                    assert all(torch.equal(model(i).logits, y) for i, y in zip(calib, logits, strict=True))
+        assert torch.equal(model(calib[0]).logits, logits[0])
+
+
+def test_what_is_settled_is_not_run_again(llama, calib):
+    block = next(stream_blocks(llama, calib, progress=False))
+    before = block.run()
+    block.settle(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
+    assert len(block.settled) == 3
+    block.collect(Gram, of=("self_attn.o_proj",))
+    block.settle(("self_attn.o_proj",))
+    assert list(block.settled) == ["self_attn"], "with all its linears settled, the attention is one part"
+    assert all(torch.equal(a, b) for a, b in zip(block.run(), before, strict=True))
+    llama.model.layers[0].self_attn.o_proj.weight.data.zero_()  # nothing asks it again
+    assert all(torch.equal(a, b) for a, b in zip(block.run(), before, strict=True))
+    assert "forward" not in vars(block.module.self_attn)
+
+
+def test_beyond_its_room_a_settled_part_is_run_again(llama, calib):
+    block = next(stream_blocks(llama, calib, progress=False))
+    before, block.room = block.run(), 2 * 24 * 32 * 4  # bytes: room for the first batch alone
+    block.settle(("self_attn.q_proj",))
+    assert all(torch.equal(a, b) for a, b in zip(block.run(), before, strict=True))
+    assert len(block.settled["self_attn.q_proj"]) == 1
+    assert all(torch.equal(a, b) for a, b in zip(block.run(), before, strict=True))
+
+
+def test_a_collection_ends_at_the_last_input_asked_for(llama, calib):
+    block = next(stream_blocks(llama, calib, progress=False))
+    runs = []
+    hook = block.module.self_attn.q_proj.register_forward_hook(lambda *_: runs.append(1))
+    found = block.collect(Gram, of=("self_attn.q_proj", "self_attn.k_proj"))
+    hook.remove()
+    assert not runs and found["self_attn.q_proj"] is found["self_attn.k_proj"]
+    assert found["self_attn.q_proj"].count == 2 * 24 + 17
 
 
 def test_gram_is_the_sum_of_outer_products_of_a_layers_inputs(llama, calib):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lightlib.calibration import Gram, stream_blocks
+from lightlib.decoder import cast
 from lightlib.measure import divergence, explain, latency, perplexity, roofline, size, throughput
 from lightlib.quantization.grid import Int
 from lightlib.quantization.rtn import rtn
@@ -41,10 +42,11 @@ def test_latency_and_throughput_are_measured_on_the_device(real):
     assert served[1].tokens_per_s > 2 * served[0].tokens_per_s
 
 
-def test_explain_says_that_no_packed_matmul_runs_here(real):
+def test_explain_names_the_packed_matmul_that_runs_in_bfloat16_and_why_none_does_in_float32(real):
     light = rtn(real[0], grid=Int(4, group_size=64), progress=False).model
-    told = explain(light, 16, 3)
-    assert "speed is simulated in 210 of 210 packed layers" in told.sentence
+    assert "speed is simulated in 210 of 210 packed layers" in explain(light, 16, 3).sentence
+    told = explain(cast(light, torch.bfloat16), 16, 3)
+    assert "aten::_weight_int4pack_mm multiplies the packed codes of all 210 layers" in told.sentence
 
 
 def test_one_block_at_a_time_is_moved_to_the_device(calib):

@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 
 from lightlib.compact import CompactLinear
+from lightlib.quantization import aten
 from lightlib.quantization.float_grids import FP8, NF4
 from lightlib.quantization.grid import Int, QuantizedWeight, pack, unpack
 
 GRIDS = {kind.__name__: kind for kind in (Int, NF4, FP8)}
-ATEN_GROUPS = (256, 128, 64, 32)  # what ATen's 4-bit matmul takes
 
 
 class QuantLinear(CompactLinear):
     """y = x W^T + b with W (out, in) as codes of `grid.bits` bits, 16-bit scales, and zero points.
 
-    In bfloat16 on a CPU, ATen multiplies the packed codes themselves: up to 4 bits (2 and 3 take the room of
-    4 in
+    In bfloat16, ATen multiplies the packed codes themselves: up to 4 bits (2 and 3 take the room of 4 in
     memory) with groups that 32 divides, and 5 to 8 bits with one scale a row. The first such call rearranges
     the codes for it, once; in every other case the weight is decoded for each call.
     """
@@ -80,20 +79,19 @@ class QuantLinear(CompactLinear):
     def fast_path(self, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
         if not isinstance(self.grid, Int):
             return "", f"no packed matmul here reads the values of {type(self.grid).__name__}"
-        if torch.device(device).type != "cpu":
-            return "", "there is no packed matmul for this device here, so each call decodes the weight first"
         if dtype != torch.bfloat16:
             return (
                 "",
                 f"the packed matmuls take bfloat16, not {str(dtype)[6:]} (see decoder.cast)",
             )
-        if self.grid.bits > 4:
-            if self.scale.shape[1] == 1:
-                return "aten::_weight_int8pack_mm", ""
+        device = torch.device(device)
+        if self.grid.bits > 4 and self.scale.shape[1] > 1:
             return "", "ATen's 8-bit matmul takes one scale a row; these groups are decoded for each call"
-        if self.out_features % 16 or not self._aten_group():
-            return "", f"ATen's 4-bit matmul takes groups of {ATEN_GROUPS} and outputs in multiples of 16"
-        return "aten::_weight_int4pack_mm_for_cpu", ""
+        if self.grid.bits <= 4 and (self.out_features % 16 or not self._aten_group()):
+            return "", f"ATen's 4-bit matmul takes groups of {aten.GROUPS} and outputs in multiples of 16"
+        path = "aten::_weight_int8pack_mm" if self.grid.bits > 4 else aten.four_bits(device)
+        reason = aten.missing(path, device)
+        return ("", reason) if reason else (path, "")
 
     def forward(self, x: Tensor) -> Tensor:
         if self.layout is None and not self.fast_path(x.dtype, x.device)[0]:
@@ -110,14 +108,14 @@ class QuantLinear(CompactLinear):
             if self.layout_shift is not None:
                 y = y + (flat.sum(1, keepdim=True, dtype=torch.float32) * self.layout_shift).to(y.dtype)
         else:
-            y = torch._weight_int4pack_mm_for_cpu(flat, self.layout, self._aten_group(), self.layout_scale)
+            y = aten.matmul4(flat, self.layout, self._aten_group(), self.layout_scale)
         y = y if self.bias is None else y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _aten_group(self) -> int:
         """The largest group of ATen's that divides ours, or 0."""
         ours = self.in_features // self.scale.shape[1] if not self.grid.per_tensor else self.in_features
-        return next((g for g in ATEN_GROUPS if ours % g == 0), 0)
+        return next((g for g in aten.GROUPS if ours % g == 0), 0)
 
     @property
     def _lift(self) -> int:
@@ -134,7 +132,7 @@ class QuantLinear(CompactLinear):
             self.layout, self.layout_scale = codes.to(torch.int8), scale[:, 0].bfloat16()
             self.layout_shift = shift[:, 0] if shift.any() else None
         else:
-            self.layout = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
+            self.layout = aten.lay_out4(codes)
             repeats = self.in_features // self._aten_group() // scale.shape[1]
             pair = torch.stack([scale, shift], -1).repeat_interleave(repeats, 1)  # (out, ATen's groups, 2)
             self.layout_scale = pair.transpose(0, 1).contiguous().bfloat16()
@@ -144,13 +142,8 @@ class QuantLinear(CompactLinear):
         """The codes as a file holds them, whichever way they lie now."""
         if self.codes is not None:
             return self.codes
-        if self.grid.bits > 4:
-            lifted = self.layout.int()
-        else:
-            # the order of nibbles is ATen's affair: identity times layout, at scale 1 and shift 8, reads it
-            eye = torch.eye(self.in_features, dtype=torch.bfloat16)
-            plain = torch.tensor([1.0, 8.0]).bfloat16().expand(self.in_features // 32, self.out_features, 2)
-            lifted = torch._weight_int4pack_mm_for_cpu(eye, self.layout, 32, plain.contiguous()).T.int()
+        shape = self.out_features, self.in_features
+        lifted = self.layout.int() if self.grid.bits > 4 else aten.read4(self.layout, *shape)
         return pack((lifted - self._lift).to(torch.uint8), self.grid.bits)
 
     def _put_back(self) -> None:

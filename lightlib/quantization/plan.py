@@ -15,9 +15,10 @@ from math import exp, log
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightlib.calibration import starting_at, stream_blocks
 from lightlib.change import changing
 from lightlib.cost import size
-from lightlib.decoder import find_blocks, linears, roles
+from lightlib.decoder import find_blocks, linears
 from lightlib.quality import device_of
 from lightlib.quantization.grid import Int
 from lightlib.report import table
@@ -65,17 +66,18 @@ def plan(
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8),
     group_size: int | None = 64,
     symmetric: bool = False,
+    progress: bool = True,
 ) -> Plan:
     """The grid of each layer that should move the model least, with the model within `budget_bytes`.
 
     The budget is for the whole model in a file, dense parts included; it is met from below. A few hundred
-    tokens are enough: the scan runs the model twice for each of a block's four inputs.
+    tokens are enough: for each of a block's four inputs, the scan runs the rest of the model twice.
     Raises ValueError for a budget that even the fewest bits exceed.
     """
     with changing(model, inplace=False) as copy:
         dense = sum(linear.weight.nbytes for linear in dense_linears(copy))
         outside = (size(copy).stored_bytes - dense) * 8
-        scan = sensitivity(copy, batches, [Int(b, group_size, symmetric) for b in sorted(bits)])
+        scan = sensitivity(copy, batches, [Int(b, group_size, symmetric) for b in sorted(bits)], progress)
     chosen = spend(scan, int(budget_bytes * 8) - outside)
     total = sum(c.stored_bits for c in chosen.values()) + outside
     return Plan(
@@ -86,7 +88,9 @@ def plan(
     )
 
 
-def sensitivity(model: nn.Module, batches: list[Tensor], grids: list[Int]) -> dict[str, list[Choice]]:
+def sensitivity(
+    model: nn.Module, batches: list[Tensor], grids: list[Int], progress: bool = True
+) -> dict[str, list[Choice]]:
     """{stage: a Choice for each grid}. The model's own weights are swapped and put back.
 
     Each stage of each block is rounded alone, to the coarsest grid and to one near the middle, and the
@@ -94,18 +98,21 @@ def sensitivity(model: nn.Module, batches: list[Tensor], grids: list[Int]) -> di
     """
     reference, found = [log_probabilities(model, ids) for ids in batches], {}
     probes = (grids[0], grids[len(grids) // 2])
-    for block, module in find_blocks(model).items():
-        for stage in roles(model).stages:
-            parts = {f"{block}.{name}": module.get_submodule(name) for name in stage}
-            measured = []
-            for probe in probes:
-                with rounded(parts, probe) as moved:
-                    measured.append((moved, divergence_from(reference, model, batches)))
-            bits = [sum(grid.stored_bits(*part.weight.shape) for part in parts.values()) for grid in grids]
-            losses = [power_law(measured, moved_by(parts, grid)) for grid in grids]
-            found[f"{block}.{stage[0]}"] = [
-                Choice(tuple(parts), *choice) for choice in zip(grids, bits, losses, strict=True)
-            ]
+    for block in stream_blocks(model, batches, progress=progress, title="plan"):
+        with starting_at(model, block):
+            for stage in block.stages:
+                parts = {f"{block.name}.{name}": block.linears[name] for name in stage}
+                measured = []
+                for probe in probes:
+                    with rounded(parts, probe) as moved:
+                        measured.append((moved, divergence_from(reference, model, batches)))
+                bits = [
+                    sum(grid.stored_bits(*part.weight.shape) for part in parts.values()) for grid in grids
+                ]
+                losses = [power_law(measured, moved_by(parts, grid)) for grid in grids]
+                found[f"{block.name}.{stage[0]}"] = [
+                    Choice(tuple(parts), *choice) for choice in zip(grids, bits, losses, strict=True)
+                ]
     return found
 
 

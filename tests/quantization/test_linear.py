@@ -65,7 +65,27 @@ def test_float32_inputs_are_told_what_would_make_them_fast():
         "outputs in multiples of 16"
         in layer(Int(4), n_out=40).fast_path(torch.bfloat16, torch.device("cpu"))[1]
     )
-    assert layer(Int(4)).fast_path(torch.bfloat16, torch.device("cuda"))[0] == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+@pytest.mark.parametrize("grid", [Int(4), Int(8)])
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_without_the_operation_is_told_so(grid, device):
+    path, reason = layer(grid).fast_path(torch.bfloat16, torch.device(device))
+    assert path == "" and f"no aten::_weight_int{grid.bits}pack_mm for {device}" in reason
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("grid", FAST, ids=str)
+@pytest.mark.parametrize("rows", [1, 5, 100])
+def test_on_a_gpu_the_packed_matmul_agrees_and_gives_the_codes_back(grid, rows):
+    linear, x = layer(grid).cuda(), torch.randn(rows, 192, device="cuda").bfloat16()
+    if not linear.fast_path(torch.bfloat16, x.device)[0]:
+        pytest.skip(linear.fast_path(torch.bfloat16, x.device)[1])
+    before, exact = linear.codes.clone(), F.linear(x.float(), linear.dense(), linear.bias)
+    assert_close(linear(x).float(), exact, rtol=2e-2, atol=6e-3 * exact.abs().max().item())
+    assert linear.codes is None and torch.equal(linear.stored()["codes"], before)
 
 
 @pytest.mark.parametrize("grid", FAST, ids=str)

@@ -11,7 +11,7 @@ from lightlib.quantization.plan import Choice, dense_linears, plan, spend
 from lightlib.quantization.rtn import rtn
 from tests.conftest import random_model
 
-KNOBS = dict(group_size=16, bits=(2, 3, 4, 8))
+KNOBS = dict(group_size=16, bits=(2, 3, 4, 8), progress=False)
 
 
 def stored(model, bits):
