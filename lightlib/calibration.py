@@ -17,65 +17,19 @@ from lightlib.compact import CompactLinear
 from lightlib.decoder import Roles, find_blocks, linear_shapes, linears, roles
 from lightlib.machine import matmul_rate
 from lightlib.report import LayerReport, relative_error
+from lightlib.statistic import AbsMax, Gram, Samples, SquaredNorm, together
 
-
-class Gram:
-    """G = X^T X (in, in) over all inputs X (tokens, in) of a layer, in float32."""
-
-    def __init__(self, n_in: int, device: torch.device):
-        self.value, self.count = torch.zeros(n_in, n_in, device=device), 0
-
-    def add(self, x: Tensor) -> None:
-        x = x.float()
-        self.value.addmm_(x.T, x)
-        self.count += len(x)
-
-
-class SquaredNorm:
-    """Sum over tokens of each input channel's square (in,)."""
-
-    def __init__(self, n_in: int, device: torch.device):
-        self.value, self.count = torch.zeros(n_in, device=device), 0
-
-    def add(self, x: Tensor) -> None:
-        self.value += x.float().square().sum(0)
-        self.count += len(x)
-
-
-class AbsMax:
-    """Largest magnitude of each input channel (in,)."""
-
-    def __init__(self, n_in: int, device: torch.device):
-        self.value = torch.zeros(n_in, device=device)
-
-    def add(self, x: Tensor) -> None:
-        self.value = torch.maximum(self.value, x.float().abs().amax(0))
-
-
-class Samples:
-    """The first `limit` inputs of a layer (at most limit, in)."""
-
-    limit = 1024
-
-    def __init__(self, n_in: int, device: torch.device):
-        self.value = torch.empty(0, n_in, device=device)
-
-    def add(self, x: Tensor) -> None:
-        self.value = torch.cat([self.value, x.float()[: self.limit - len(self.value)]])
-
-
-def together(*kinds: Callable) -> Callable:
-    """A statistic of several statistics, so that one run collects them all; their objects are in `parts`."""
-
-    class Together:
-        def __init__(self, n_in: int, device: torch.device):
-            self.parts = [kind(n_in, device) for kind in kinds]
-
-        def add(self, x: Tensor) -> None:
-            for part in self.parts:
-                part.add(x)
-
-    return Together
+__all__ = [
+    "AbsMax",
+    "Block",
+    "Gram",
+    "Samples",
+    "SquaredNorm",
+    "starting_at",
+    "stream_blocks",
+    "time_linears",
+    "together",
+]
 
 
 class AllSeen(Exception):
@@ -200,8 +154,8 @@ class Block:
     ):
         """Put `new` where the linear `name` was and note what it costs.
 
-        The error is that of its weights, or of its outputs over inputs with `gram`, or on `inputs` (tokens, in)
-        where the new layer rounds its inputs too.
+        The error is that of its weights, or of its outputs over inputs with `gram`, or on `inputs` (tokens,
+        in) where the new layer rounds its inputs too.
         """
         old = self.module.get_submodule(name)
         before, after = weight_of(old), new.dense()

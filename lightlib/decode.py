@@ -71,7 +71,9 @@ def next_token(model: nn.Module, ids: Tensor, cache) -> Tensor:
 
 def check(model: nn.Module, ids: Tensor, new: int) -> None:
     if ids.dim() != 2 or not ids.numel():
-        raise ValueError(f"ids has shape {tuple(ids.shape)}, not (batch, prompt); use ids[None] for one prompt")
+        raise ValueError(
+            f"ids has shape {tuple(ids.shape)}, not (batch, prompt); use ids[None] for one prompt"
+        )
     limit = getattr(model.config, "max_position_embeddings", None)
     if new < 1:
         raise ValueError(f"new={new}: must be at least 1")
@@ -126,7 +128,12 @@ def steps_of(model: nn.Module) -> Steps:
         torch.get_num_threads(),
     )
     found = STEPS.get(model)
-    same = found and found.facts[2:] == facts and is_each(found.facts[0], parts) and is_each(found.facts[1], tensors)
+    same = (
+        found
+        and found.facts[2:] == facts
+        and is_each(found.facts[0], parts)
+        and is_each(found.facts[1], tensors)
+    )
     if not same:
         found = STEPS[model] = Steps((parts, tensors, *facts))
     return found
@@ -276,7 +283,9 @@ def row_times(x: Tensor, W: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     return (y * scale).to(x.dtype)[None]
 
 
-def one_query(q: Tensor, k: Tensor, v: Tensor, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **named):
+def one_query(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **named
+):
     """Attention of one query q (batch, heads, 1, d) over k, v (batch, heads, keys, d), in float32."""
     if attn_mask is None or attn_mask.dtype != torch.bool or named:
         return F.scaled_dot_product_attention(
