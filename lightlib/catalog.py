@@ -102,6 +102,7 @@ METHODS = (
             "alpha": (0.5, "search", None),
             "activations": ("token", "tensor", "static"),
             "per_tensor": (True,),
+            "everywhere": (True,),
         },
     ),
 )

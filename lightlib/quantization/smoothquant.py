@@ -29,7 +29,11 @@ def smoothing_scale(maxima: Tensor, weights: list[Tensor], alpha: float) -> Tens
 
 
 def best_alpha(
-    maxima: Tensor, weights: list[Tensor], inputs: Tensor, rounded: Callable[[Tensor, Tensor], nn.Module]
+    maxima: Tensor,
+    weights: list[Tensor],
+    inputs: Tensor,
+    rounded: Callable[[Tensor, Tensor], nn.Module],
+    tie: Callable[[Tensor], Tensor] = lambda scale: scale,
 ) -> tuple[float, list[float]]:
     """(the alpha with the least error, the error at each of ALPHAS) of the outputs on `inputs` (tokens, in).
 
@@ -37,7 +41,7 @@ def best_alpha(
     """
     errors = []
     for alpha in ALPHAS:
-        scale = smoothing_scale(maxima, weights, alpha)
+        scale = tie(smoothing_scale(maxima, weights, alpha))
         layers = [rounded(W.float() * scale, maxima / scale) for W in weights]
         errors.append(
             sum(
@@ -55,6 +59,7 @@ def smoothquant(
     alpha: float | str | None = 0.5,
     activations: str = "token",
     per_tensor: bool = False,
+    everywhere: bool = False,
     device=None,
     progress: bool = True,
     inplace: bool = False,
@@ -64,6 +69,8 @@ def smoothquant(
     alpha: how much of the difficulty moves, 0 to 1; "search" takes the best of 0.1 to 0.9 for each norm;
     None leaves the inputs as they are, which is plain W8A8. activations: one scale a "token", for the
     "tensor" of each call, or a "static" one from the batches. per_tensor: one scale for a whole weight.
+    everywhere: also smooth what the value and up projections make, where that is exact (folding.py); the
+    paper smooths what norms make.
     """
     if not batches:
         raise ValueError("smoothquant needs batches to see the inputs' largest values")
@@ -76,7 +83,7 @@ def smoothquant(
 
     with changing(model, inplace) as light:
         rows = []
-        places = [] if alpha is None else [fold for fold in folds(light) if fold.rows is None]
+        places = [fold for fold in folds(light) if alpha is not None and (everywhere or fold.rows is None)]
         for block in stream_blocks(light, batches, device=device, progress=progress, title="smoothquant"):
             parts = {name: part for name, part in block.linears.items() if isinstance(part, nn.Linear)}
             found = block.collect(together(AbsMax, Samples), of=tuple(parts))
@@ -88,8 +95,8 @@ def smoothquant(
                     first = fold.readers[0]
                     chosen = alpha
                     if alpha == "search":
-                        chosen, _ = best_alpha(maxima[first], weights, inputs[first], rounded)
-                    scale = smoothing_scale(maxima[first], weights, chosen)
+                        chosen, _ = best_alpha(maxima[first], weights, inputs[first], rounded, fold.tie)
+                    scale = fold.tie(smoothing_scale(maxima[first], weights, chosen))
                     fold.apply(block.module, scale)
                     maxima |= {name: maxima[name] / scale for name in fold.readers}
                     inputs |= {name: inputs[name] / scale for name in fold.readers}

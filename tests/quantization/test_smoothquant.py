@@ -89,6 +89,19 @@ def test_the_report_says_which_layers_were_smoothed(llama, calib):
     assert notes["mlp.down_proj"] == notes["self_attn.o_proj"] == "not smoothed"
 
 
+def test_everywhere_reaches_the_massive_activation_before_the_down_projection(llama, calib):
+    with torch.no_grad():
+        for layer in llama.model.layers:
+            layer.mlp.up_proj.weight[5] *= 300
+    errors = {}
+    for everywhere in (False, True):
+        light, report = smoothquant(llama, calib, activations="tensor", everywhere=everywhere, progress=False)
+        row = next(row for row in report if row.name == "model.layers.0.mlp.down_proj")
+        errors[everywhere] = (row.error, change(light, llama, calib[0]))
+        assert row.notes == ("alpha 0.5" if everywhere else "not smoothed")
+    assert errors[True][1] < 0.7 * errors[False][1]
+
+
 def test_the_reported_error_is_that_of_the_outputs_with_rounded_inputs(llama, calib):
     light, report = smoothquant(llama, calib[:1], alpha=None, activations="tensor", progress=False)
     q = llama.model.layers[0].self_attn.q_proj
