@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +83,7 @@ class Latency:
     ttft: time to the first token (the prompt's prefill). tpot: time per output token after it.
     total_ms = ttft_ms + tpot_ms x new. tokens_per_s counts the new tokens of the whole batch.
     peak_bytes: resident weights, cache and the largest set of activations.
+    path: "eager", "lean", or "eager, since" and why the lean path could not be taken.
     """
 
     ttft_ms: float
@@ -97,17 +98,23 @@ class Latency:
     batch: int
     device: str
     dtype: str
+    path: str = "eager"
 
     def _repr_html_(self) -> str:
         return facts_table(self, ("ttft_ms", "tpot_ms", "total_ms"))
 
 
-def latency(model: nn.Module, prompt: int = 256, new: int = 64, batch: int = 1, repeats: int = 3) -> Latency:
+def latency(
+    model: nn.Module, prompt: int = 256, new: int = 64, batch: int = 1, repeats: int = 3, lean: bool = False
+) -> Latency:
     """Time a prefill of `prompt` tokens and `new` decode steps through the model's own forward.
 
-    The prompt is fixed and arbitrary. One run warms up. Raises ValueError where prompt + new exceeds the
-    context.
+    With `lean`, the steps run compiled (lightlib.decode), where that is possible; what it takes to compile is
+    not counted. The prompt is fixed and arbitrary. One run warms up. Raises ValueError where prompt + new
+    exceeds the context.
     """
+    from lightlib.decode import compiled_step, lean_path, stream
+
     limit = getattr(model.config, "max_position_embeddings", None)
     if min(prompt, new, batch, repeats) < 1:
         raise ValueError(
@@ -117,8 +124,13 @@ def latency(model: nn.Module, prompt: int = 256, new: int = 64, batch: int = 1, 
         raise ValueError(f"prompt {prompt} + new {new} tokens exceed the model's context of {limit}")
     device = device_of(model)
     ids = torch.arange(batch * prompt, device=device).view(batch, prompt) % min(model.config.vocab_size, 1000)
-    generate(model, ids, 2)
-    runs = [generate(model, ids, new) for _ in range(repeats)]
+    step = compiled_step(model, batch, prompt + new + 1) if lean else None
+
+    def run(steps: int) -> list[float]:
+        return clock(stream(model, ids, new + 1, compile=lean), steps + 1)
+
+    run(2)
+    runs = [run(new) for _ in range(repeats)]
     first = [run[0] for run in runs]
     steps = [step for run in runs for step in run[1:]]
     ttft, tpot = (statistics.median(times) * 1e3 for times in (first, steps))
@@ -126,9 +138,10 @@ def latency(model: nn.Module, prompt: int = 256, new: int = 64, batch: int = 1, 
         ttft, spread(first) * 1e3, tpot, spread(steps) * 1e3,
         total_ms=ttft + tpot * new,
         tokens_per_s=batch * new / (ttft + tpot * new) * 1e3,
-        peak_bytes=peak_bytes(model, lambda: generate(model, ids, 1)),
+        peak_bytes=peak_bytes(model, lambda: run(1), step.cache_bytes if step else 0),
         prompt=prompt, new=new, batch=batch,
         device=device_name(device), dtype=str(model.dtype).removeprefix("torch."),
+        path="lean" if step else f"eager, since {lean_path(model)[1]}" if lean else "eager",
     )  # fmt: skip
 
 
@@ -156,18 +169,21 @@ def throughput(
     return Throughput(tuple(latency(model, prompt, new, batch, repeats=1) for batch in batches))
 
 
-@torch.no_grad()
 def generate(model: nn.Module, ids: Tensor, new: int) -> list[float]:
-    """Seconds of the prefill, then of each of `new` greedy steps, with the model's own cache."""
-    from transformers import DynamicCache
+    """Seconds of the prefill, then of each of `new` greedy steps, with the model's own forward and cache."""
+    from lightlib.decode import stream
 
-    cache, times = DynamicCache(config=model.config), []
-    for _ in range(new + 1):
+    return clock(stream(model, ids, new + 1, compile=False), new + 1)
+
+
+def clock(tokens: Iterator[Tensor], count: int) -> list[float]:
+    """Seconds that each of the first `count` tokens takes to come."""
+    times = []
+    for _ in range(count):
         begin = time.perf_counter()
-        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        ids = logits[:, -1:].argmax(-1)
-        if ids.is_cuda:
-            torch.cuda.synchronize(ids.device)
+        token = next(tokens)
+        if token.is_cuda:
+            torch.cuda.synchronize(token.device)
         times.append(time.perf_counter() - begin)
     return times
 
@@ -181,8 +197,8 @@ def spread(times: list[float]) -> float:
 
 
 @torch.no_grad()
-def peak_bytes(model: nn.Module, work: Callable[[], object]) -> int:
-    """The most bytes that tensors hold during `work`, the model's own included."""
+def peak_bytes(model: nn.Module, work: Callable[[], object], kept: int = 0) -> int:
+    """The most bytes that tensors hold during `work`, the model's own and those `kept` beside it included."""
     device = device_of(model)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -196,7 +212,7 @@ def peak_bytes(model: nn.Module, work: Callable[[], object]) -> int:
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    return size(model).resident_bytes + peak
+    return size(model).resident_bytes + kept + peak
 
 
 def device_name(device: torch.device) -> str:

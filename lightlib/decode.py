@@ -1,4 +1,4 @@
-"""The lean decode path: a static cache and one compiled step, so that fewer bytes become fewer milliseconds."""
+"""The lean decode path: a static cache and one compiled step, so that fewer bytes are fewer milliseconds."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
 from lightlib.decoder import find_blocks
 
 SHORTEST = 256  # tokens that a static cache holds at least
 LANES = 4  # rows of a weight that one pass over the input multiplies
+CACHE = "the cache"  # stands for it among the arguments of a region
 
 
 def generate(model: nn.Module, ids: Tensor, new: int, compile: bool = True, stop: bool = True) -> Tensor:
-    """Greedy decoding: ids (batch, prompt) -> (batch, prompt + new), or fewer where all sequences have ended.
+    """Greedy decoding: ids (batch, prompt) -> (batch, prompt + new), or fewer once all sequences have ended.
 
-    The tokens are those of `model.generate(ids, max_new_tokens=new, do_sample=False)`: with `stop`, a sequence
-    ends at the model's end token and is padded from there. With compile=False this is the plain loop over
-    the model's own forward. The first compiled call takes about 20 s for 30 blocks on two cores and 10 s in
-    later processes; calls with as many sequences, and up to the next power of two in length, reuse it.
-    In bfloat16 compiled code rounds less often, so tokens whose logits tie within a rounding may differ.
+    The tokens are those of `model.generate(ids, max_new_tokens=new, do_sample=False)`: with `stop`, a
+    sequence ends at the model's end token and is padded from there on. compile=False is the plain loop over
+    the model's own forward; so is what cannot be compiled, with a warning that says why (`lean_path`).
+    The first compiled call takes about 20 s for 30 blocks on two cores, about 6 s in later processes. It
+    serves every call with as many sequences and a length up to the same power of two.
+    Compiled code rounds less often, so bfloat16 logits that tie within a rounding may fall the other way.
     `ids` hold no padding. Raises ValueError for ids of another shape, new < 1, or a context exceeded.
     """
     check(model, ids, new)
@@ -48,48 +51,41 @@ def generate(model: nn.Module, ids: Tensor, new: int, compile: bool = True, stop
 @torch.inference_mode(False)
 @torch.no_grad()
 def stream(model: nn.Module, ids: Tensor, new: int, compile: bool = True) -> Iterator[Tensor]:
-    """The `new` greedy tokens after `ids` (batch, prompt), each (batch, 1), as they come; one stream at a time."""
+    """The `new` greedy tokens after `ids` (batch, prompt) as they come, each (batch, 1); one stream at a time."""
     step = compiled_step(model, len(ids), ids.shape[1] + new) if compile else None
     yield from step.tokens(model, ids, new) if step else eager_tokens(model, ids, new)
 
 
 def eager_tokens(model: nn.Module, ids: Tensor, new: int) -> Iterator[Tensor]:
     """The reference: the model's own forward with its own growing cache."""
-    from transformers import DynamicCache
-
     cache = DynamicCache(config=model.config)
     for _ in range(new):
-        ids = next_token(model, ids, cache)
+        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        ids = logits[:, -1:].argmax(-1)
         yield ids
-
-
-def next_token(model: nn.Module, ids: Tensor, cache) -> Tensor:
-    """The likeliest token (batch, 1) after `ids` (batch, length) and what the cache holds."""
-    logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    return logits[:, -1:].argmax(-1)
 
 
 def check(model: nn.Module, ids: Tensor, new: int) -> None:
     if ids.dim() != 2 or not ids.numel():
-        raise ValueError(
-            f"ids has shape {tuple(ids.shape)}, not (batch, prompt); use ids[None] for one prompt"
-        )
-    limit = getattr(model.config, "max_position_embeddings", None)
+        shape = tuple(ids.shape)
+        raise ValueError(f"ids have shape {shape}, not (batch, prompt); use ids[None] for one prompt")
     if new < 1:
         raise ValueError(f"new={new}: must be at least 1")
-    if limit and ids.shape[1] + new > limit:
+    prompt, limit = ids.shape[1], getattr(model.config, "max_position_embeddings", None)
+    if limit and prompt + new > limit:
         raise ValueError(
-            f"prompt {ids.shape[1]} + new {new} tokens exceed the model's context of {limit}; "
-            f"take new={max(limit - ids.shape[1], 0)} or a shorter prompt"
+            f"prompt {prompt} + new {new} tokens exceed the model's context of {limit}; "
+            f"take new={limit - prompt} or a shorter prompt"
         )
 
 
 # which path
 @dataclass
 class Steps:
-    """What was compiled for a model: a step for each (batch, length), or why none could be."""
+    """What was compiled for a model: a step for each (batch, length), or why none can be."""
 
-    facts: tuple
+    parts: list  # the modules and tensors that were compiled
+    facts: tuple  # what else the compiled code relies on
     made: dict[tuple[int, int], Step] = field(default_factory=dict)
     failure: str = ""
 
@@ -98,13 +94,16 @@ STEPS: weakref.WeakKeyDictionary[nn.Module, Steps] = weakref.WeakKeyDictionary()
 
 
 def lean_path(model: nn.Module) -> tuple[str, str]:
-    """(path, reason): "lean" where a compiled step decodes this model, or "" and why eager PyTorch does."""
+    """(path, reason): "lean" where a compiled step decodes this model, or "" and why eager PyTorch does.
+
+    Before the first call this is what can be seen without compiling.
+    """
     reason = obstacle(model) or steps_of(model).failure
     return ("", reason) if reason else ("lean", "")
 
 
 def obstacle(model: nn.Module) -> str:
-    """What can be seen, before compiling, to keep the model from the lean path."""
+    """What can be seen to keep the model from the lean path, or ""."""
     try:
         find_blocks(model)
     except ValueError as error:
@@ -120,83 +119,136 @@ def obstacle(model: nn.Module) -> str:
 
 def steps_of(model: nn.Module) -> Steps:
     """The model's compiled steps; none, once its layers or tensors are others than those compiled."""
-    parts, tensors = [*model.modules()][1:], [*model.parameters(), *model.buffers()]
-    facts = (
-        [(t.dtype, t.shape, t.stride(), t.data_ptr()) for t in tensors],
-        model.config._attn_implementation,
-        model.training,
-        torch.get_num_threads(),
-    )
+    tensors = [*model.parameters(), *model.buffers()]
+    parts = [*[*model.modules()][1:], *tensors]
+    places = [(t.stride(), t.data_ptr()) if t.layout is torch.strided else () for t in tensors]
+    kinds = [(t.dtype, t.shape) for t in tensors]
+    facts = kinds, places, model.config._attn_implementation, model.training, torch.get_num_threads()
     found = STEPS.get(model)
-    same = (
-        found
-        and found.facts[2:] == facts
-        and is_each(found.facts[0], parts)
-        and is_each(found.facts[1], tensors)
-    )
-    if not same:
-        found = STEPS[model] = Steps((parts, tensors, *facts))
+    same = found and found.facts == facts and len(found.parts) == len(parts)
+    if not same or any(a is not b for a, b in zip(found.parts, parts, strict=True)):
+        found = STEPS[model] = Steps(parts, facts)
     return found
 
 
-def is_each(these: list, those: list) -> bool:
-    return len(these) == len(those) and all(a is b for a, b in zip(these, those, strict=True))
-
-
+@torch.inference_mode(False)
+@torch.no_grad()
 def compiled_step(model: nn.Module, batch: int, tokens: int) -> Step | None:
     """The step with room for `tokens`, compiled now if need be; None, with a warning, where that fails."""
-    length = max(SHORTEST, 1 << (tokens - 1).bit_length())
-    reason, steps = obstacle(model), steps_of(model)
-    if not reason and not steps.failure and (batch, length) not in steps.made:
+    size = batch, max(SHORTEST, 1 << (tokens - 1).bit_length())
+    if not lean_path(model)[1] and size not in steps_of(model).made:
+        step, failure = None, ""
         try:
-            step = Step(model, batch, length)
-            # laying out packed codes gave the model other tensors
-            steps = steps_of(model)
-            steps.made[batch, length] = step
+            step = Step(model, *size)
         except Exception as error:
             while error.__cause__:
                 error = error.__cause__
-            steps = steps_of(model)
-            steps.failure = f"compiling failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    if reason := reason or steps.failure:
-        warnings.warn(f"decoding eagerly, since {reason}", stacklevel=4)
+            failure = f"compiling failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        # asked for again: at their first call, packed layers may lay out their codes in other tensors
+        steps = steps_of(model)
+        steps.made[size], steps.failure = step, failure
+    if reason := lean_path(model)[1]:
+        warnings.warn(f"decoding eagerly, since {reason}", stacklevel=2)
         return None
-    return steps.made[batch, length]
+    return steps_of(model).made[size]
 
 
 # the compiled step
+@dataclass
+class Slots:
+    """A block's keys and values (batch, heads, length, head_dim), written in place from `position` on."""
+
+    keys: Tensor
+    values: Tensor
+    position: Tensor
+
+    def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        places = torch.arange(keys.shape[2], device=keys.device) + self.position
+        self.keys.index_copy_(2, places, keys)
+        self.values.index_copy_(2, places, values)
+        return self.keys, self.values
+
+
+class Layer(StaticLayer):
+    """Slots as a layer of a transformers cache. Windowed blocks keep all tokens too: a mask hides the rest.
+
+    transformers' own layer counts its tokens; here one tensor counts for all blocks, so that a compiled block
+    changes nothing that another one reads.
+    """
+
+    def __init__(self, length: int, position: Tensor):
+        super().__init__(length)
+        self.position = position
+
+    def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        return Slots(self.keys, self.values, self.position).update(keys, values)
+
+    def get_seq_length(self) -> Tensor:
+        return self.position
+
+
 class Step:
-    """One decode step for `batch` sequences of up to `length` tokens, compiled, with the cache it writes to."""
+    """A decode step for `batch` sequences of up to `length` tokens, compiled, with the cache it writes to."""
 
     def __init__(self, model: nn.Module, batch: int, length: int):
-        from transformers.cache_utils import Cache, StaticLayer
+        device = next(model.parameters()).device
+        self.position = torch.zeros((), dtype=torch.long, device=device)  # of the token in `ids`
+        self.ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.cache = Cache(layers=[Layer(length, self.position) for _ in find_blocks(model)])
+        # eagerly first: that makes the cache's tensors, and packed layers lay out their codes
+        prompt = torch.arange(4 * batch, device=device).view(batch, 4) % model.config.vocab_size
+        self.prefill(model, prompt)
+        expected = logits_after(model, self.ids, self.position, self.cache)
+        self.forward = capture(model, self.ids, self.position, self.cache)
+        self.verify(expected)
+        self.run = cuda_graph(self.advance) if self.ids.is_cuda else self.advance
 
-        # windowed layers keep all tokens too: the model's own mask hides what lies outside the window
-        self.cache = Cache(layers=[StaticLayer(length) for _ in find_blocks(model)])
-        self.ids = torch.zeros(batch, 1, dtype=torch.long, device=next(model.parameters()).device)
-        # an eager step first: it makes the cache's tensors, and packed layers lay out their codes
-        next_token(model, self.ids, self.cache)
-        run = capture(model, self.ids, self.cache)
-        self.run = cuda_graph(run) if self.ids.is_cuda else run
+    @property
+    def cache_bytes(self) -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+
+    def verify(self, expected: Tensor) -> None:
+        """Compilers err too: the compiled step must give the logits that the model gives."""
+        error = ((self.forward()[0] - expected).float().norm() / expected.float().norm()).item()
+        if not error < torch.finfo(expected.dtype).eps ** 0.5:
+            raise RuntimeError(f"the compiled step's logits are off by {error:.2g} of the model's")
+
+    def prefill(self, model: nn.Module, ids: Tensor) -> None:
+        self.position.zero_()
+        self.ids.copy_(logits_after(model, ids, self.position, self.cache).argmax(-1))
+        self.position.fill_(ids.shape[1])
+
+    def advance(self) -> None:
+        """Put in the place of `ids` the token after it. The compiled part changes nothing but the cache."""
+        self.ids.copy_(self.forward()[1])
+        self.position.add_(1)
 
     def tokens(self, model: nn.Module, ids: Tensor, new: int) -> Iterator[Tensor]:
-        """Prefill in eager mode, then one run a token."""
-        self.cache.reset()
-        self.ids.copy_(next_token(model, ids, self.cache))
+        """An eager prefill, then one run a token."""
+        self.prefill(model, ids)
         yield self.ids.clone()
         for _ in range(new - 1):
             self.run()
             yield self.ids.clone()
 
 
-def advance(model: nn.Module, ids: Tensor, cache) -> None:
-    """Put in the place of `ids` (batch, 1) the token after it."""
+def logits_after(model: nn.Module, ids: Tensor, position: Tensor, cache: Cache) -> Tensor:
+    """Logits (batch, 1, vocabulary) after `ids` (batch, length), whose first token stands at `position`."""
+    places = (position + torch.arange(ids.shape[1], device=ids.device)).expand(len(ids), -1)
+    out = model(ids, position_ids=places, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return out.logits[:, -1:]
+
+
+def logits_and_token(model: nn.Module, ids: Tensor, position: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
     with OneToken():
-        ids.copy_(next_token(model, ids, cache))
+        logits = logits_after(model, ids, position, cache)
+        return logits, logits.argmax(-1)
 
 
-def capture(model: nn.Module, ids: Tensor, cache) -> Callable[[], object]:
-    """`advance`, compiled, on these very tensors: no Python of the model's and no guard runs at a token."""
+def capture(model: nn.Module, *inputs) -> Callable[[], tuple[Tensor, Tensor]]:
+    """`logits_and_token` compiled for these very tensors: at a token no Python of the model's, no guard runs."""
     held = []
 
     def backend(graph, examples):
@@ -211,33 +263,45 @@ def capture(model: nn.Module, ids: Tensor, cache) -> Callable[[], object]:
 
     try:
         with regions(model):
-            torch.compile(advance, backend=backend, fullgraph=True, dynamic=False)(model, ids, cache)
+            torch.compile(logits_and_token, backend=backend, fullgraph=True, dynamic=False)(model, *inputs)
     finally:
-        # dynamo would keep the weights alive, and hand this code to the next model
-        torch._dynamo.eval_frame.remove_from_cache(advance)
+        # dynamo would keep the weights alive and hand this code to the next model
+        torch._dynamo.eval_frame.remove_from_cache(logits_and_token)
     return held[0]
 
 
 @contextlib.contextmanager
 def regions(model: nn.Module):
-    """While tracing, each block is a region of its own: equal blocks are compiled once."""
-    region = torch.compiler.nested_compile_region(run_block)
+    """While tracing, each block is a region of its own: equal blocks are traced and compiled once."""
     blocks = find_blocks(model).values()
+    region = torch.compiler.nested_compile_region(run_block, max_reuse_entries=len(blocks))
     try:
-        for block in blocks:
-            block.forward = functools.partial(region, block)
+        for i, block in enumerate(blocks):
+            block.forward = functools.partial(enter, region, block, i)
         yield
     finally:
         for block in blocks:
             vars(block).pop("forward", None)
 
 
-def run_block(block: nn.Module, *args, **named):
+def enter(region: Callable, block: nn.Module, i: int, *args, **named):
+    """Call the block's region with its part of the cache as tensors: by a whole cache no two are alike."""
+    cache = next(value for value in (*args, *named.values()) if isinstance(value, Cache))
+    args = [CACHE if value is cache else value for value in args]
+    named = {name: CACHE if value is cache else value for name, value in named.items()}
+    layer = cache.layers[i]
+    return region(block, layer.keys, layer.values, layer.position, args, named)
+
+
+def run_block(block: nn.Module, keys: Tensor, values: Tensor, position: Tensor, args: list, named: dict):
+    cache = Slots(keys, values, position)
+    args = [cache if isinstance(value, str) else value for value in args]
+    named = {name: cache if isinstance(value, str) else value for name, value in named.items()}
     with OneToken():
         return type(block).forward(block, *args, **named)
 
 
-def cuda_graph(run: Callable[[], object]) -> Callable[[], None]:
+def cuda_graph(run: Callable[[], None]) -> Callable[[], None]:
     """`run` as a CUDA graph: one launch for all its kernels. Its tensors must stay where they are."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -251,10 +315,10 @@ def cuda_graph(run: Callable[[], object]) -> Callable[[], None]:
 
 
 class OneToken(TorchFunctionMode):
-    """On a CPU, write products with a single row as sums, which compile into loops at memory speed.
+    """On a CPU, writes products with one row as sums, which compile into loops at the speed of memory.
 
-    A library's matmul is called for each layer and reads a bfloat16 weight at half the speed of memory;
-    a sum fuses with what comes before and after it, so that a block becomes one function.
+    A library's matmul reads a bfloat16 weight at half that speed, and each is a call; a sum fuses with what
+    comes before and after it, so that a whole block becomes one function.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -263,34 +327,32 @@ class OneToken(TorchFunctionMode):
             if function is F.linear and args[0].numel() == args[0].shape[-1]:
                 return row_linear(*args, **kwargs)
             if function is torch._weight_int8pack_mm and len(args[0]) == 1:
-                return row_times(args[0], args[1], args[2])
+                return row_times(*args)
             if function is F.scaled_dot_product_attention and args[0].shape[2] == 1:
                 return one_query(*args, **kwargs)
         return function(*args, **kwargs)
 
 
-def row_linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) of one row times W (out, in), plus bias: (..., out)."""
-    y = row_times(x.reshape(1, -1), W)
+def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear for one row: x (..., in), weight (out, in) -> (..., out)."""
+    y = row_times(x.reshape(1, -1), weight)
     return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
 
 
-def row_times(x: Tensor, W: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-    """x (1, in) times W (out, in), each output times its scale: (1, out), summed in float32."""
-    # lanes of equal shape fuse into one loop: four rows are read at once for each value of x
-    lanes = W.chunk(LANES) if len(W) % LANES == 0 else [W]
-    y = torch.cat([(x * lane).sum(-1, dtype=torch.float32) for lane in lanes])
+def row_times(x: Tensor, weight: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+    """x (1, in) times weight (out, in), each output times its scale: (1, out), summed in float32."""
+    # lanes of equal shape fuse into one loop, which reads as many rows at once for each value of x
+    lanes = weight.chunk(LANES) if len(weight) % LANES == 0 else [weight]
+    y = torch.cat([(x.float() * lane.float()).sum(-1) for lane in lanes])
     return (y * scale).to(x.dtype)[None]
 
 
 def one_query(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **named
-):
-    """Attention of one query q (batch, heads, 1, d) over k, v (batch, heads, keys, d), in float32."""
-    if attn_mask is None or attn_mask.dtype != torch.bool or named:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **named
-        )
-    scores = (q * k).sum(-1, dtype=torch.float32) * (scale or q.shape[-1] ** -0.5)  # (batch, heads, keys)
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, scale=None, **named
+) -> Tensor:
+    """Attention of one query q (batch, heads, 1, d) to k, v (batch, heads, keys, d), in float32."""
+    if attn_mask is None or attn_mask.dtype != torch.bool or named.get("enable_gqa"):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, scale=scale, **named)
+    scores = (q.float() * k.float()).sum(-1) * (scale or q.shape[-1] ** -0.5)  # (batch, heads, keys)
     weights = scores.where(attn_mask[:, :, 0], -torch.inf).softmax(-1)
-    return (weights[..., None] * v).sum(2, dtype=torch.float32).to(q.dtype)[:, :, None]
+    return (weights[..., None] * v.float()).sum(2).to(q.dtype)[:, :, None]
