@@ -54,7 +54,7 @@ def best_alpha(
 
 def smoothquant(
     model: nn.Module,
-    batches: list[Tensor],
+    batches: list[Tensor] | None,
     *,
     alpha: float | str | None = 0.5,
     activations: str = "token",
@@ -67,18 +67,18 @@ def smoothquant(
     """W8A8 on the blocks' linear layers, with inputs that come from a norm smoothed first.
 
     alpha: how much of the difficulty moves, 0 to 1; "search" takes the best of 0.1 to 0.9 for each norm;
-    None leaves the inputs as they are, which is plain W8A8. activations: one scale a "token", for the
+    None leaves the inputs as they are, which is plain W8A8 and needs no batches unless the scale is static. activations: one scale a "token", for the
     "tensor" of each call, or a "static" one from the batches. per_tensor: one scale for a whole weight.
     everywhere: also smooth what the value and up projections make, where that is exact (folding.py); the
     paper smooths what norms make.
     """
-    if not batches:
+    if not batches and (alpha is not None or activations == "static"):
         raise ValueError("smoothquant needs batches to see the inputs' largest values")
     if alpha not in (None, "search") and not (isinstance(alpha, (int, float)) and 0 <= alpha <= 1):
         raise ValueError(f"alpha={alpha!r}: give a number from 0 to 1, 'search' or None")
 
-    def rounded(weight: Tensor, maxima: Tensor, bias: Tensor | None = None) -> Int8Linear:
-        scale = maxima.max().item() / 127
+    def rounded(weight: Tensor, maxima: Tensor | None, bias: Tensor | None = None) -> Int8Linear:
+        scale = 1.0 if maxima is None else maxima.max().item() / 127
         return Int8Linear(weight, bias, activations=activations, per_tensor=per_tensor, static_scale=scale)
 
     with changing(model, inplace) as light:
@@ -102,7 +102,7 @@ def smoothquant(
                     inputs |= {name: inputs[name] / scale for name in fold.readers}
                     notes |= dict.fromkeys(fold.readers, f"alpha {chosen:g}")
             for name, part in parts.items():
-                new = rounded(part.weight, maxima[name], part.bias)
-                block.replace("smoothquant", name, new, notes=notes[name], inputs=inputs[name])
+                new = rounded(part.weight, maxima.get(name), part.bias)
+                block.replace("smoothquant", name, new, notes=notes[name], inputs=inputs.get(name))
             rows += block.rows
     return Compressed(light, Report(tuple(rows)))

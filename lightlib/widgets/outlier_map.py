@@ -55,7 +55,7 @@ def draw(fig: Figure, result: dict) -> None:
     left.set_title(f"largest |x| (dark {dark:.2g}, bright {bright:,.4g})")
 
     right.plot(profile, color=BLUE, lw=1)
-    right.axhline(exponents(threshold), color=VERMILION, lw=1.2)
+    right.axhline(exponents(threshold), color=VERMILION, lw=1.5, zorder=3)
     powers_of_ten(right.yaxis, dark / 3, 4 * max(bright, threshold))
     right.set(xlim=(0, n), xlabel="input channel", ylabel="largest |x|", xticks=[0, n // 2, n])
     late = channel > 0.6 * n

@@ -74,8 +74,8 @@ class Smoothing:
             "unsmoothed_error": plain,
             "best_alpha": best / STEPS,
             "best_error": curve[best],
-            "says": f"Largest over median channel: inputs {peak(self.maxima):.3g} before, {peak(inputs):.3g} "
-            f"now; weights {peak(self.columns):.3g} before, {peak(weights):.3g} now.",
+            "says": f"Largest over median channel: inputs {peak(self.maxima):,.4g} before, "
+            f"{peak(inputs):,.4g} now; weights {peak(self.columns):,.4g} before, {peak(weights):,.4g} now.",
             "inputs": (self.maxima, inputs),
             "weights": (self.columns, weights),
             "reach": self.reach,

@@ -37,6 +37,6 @@ def token_map(inputs: Mapping[str, Tensor], *, around: Mapping[str, int], wide: 
             dark, bright = exponents([low, high])
             extent = (start, start + part.shape[1], len(part), 0)
             ax.imshow(exponents(part), cmap=HEAT, aspect="auto", vmin=dark, vmax=bright, extent=extent)
-            ax.set(xlabel="input channel", title=f"{title} (bright: {high:,.3g})")
+            ax.set(xlabel="input channel", title=f"{title} (bright: {high:,.4g})")
         axes[0].set_ylabel("token")
     return Picture(fig, f"|x|: {'; '.join(said)}")

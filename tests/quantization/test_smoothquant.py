@@ -111,6 +111,15 @@ def test_the_reported_error_is_that_of_the_outputs_with_rounded_inputs(llama, ca
     assert report.rows[0].error == pytest.approx(((got - exact).norm() / exact.norm()).item(), rel=1e-4)
 
 
+def test_plain_w8a8_needs_no_data_and_gives_what_it_gives_with_them(llama, calib):
+    light = [smoothquant(llama, data, alpha=None, progress=False).model for data in (None, calib)]
+    with torch.no_grad():
+        assert torch.equal(*(model(calib[0]).logits for model in light))
+    for settings in ({}, {"alpha": None, "activations": "static"}):
+        with pytest.raises(ValueError, match="smoothquant needs batches"):
+            smoothquant(llama, None, **settings)
+
+
 @pytest.mark.parametrize("alpha", [-0.1, 1.5, "best"])
 def test_an_alpha_that_cannot_be_is_refused(llama, calib, alpha):
     with pytest.raises(ValueError, match="give a number from 0 to 1, 'search' or None"):
