@@ -51,7 +51,7 @@ def generate(model: nn.Module, ids: Tensor, new: int, compile: bool = True, stop
 @torch.inference_mode(False)
 @torch.no_grad()
 def stream(model: nn.Module, ids: Tensor, new: int, compile: bool = True) -> Iterator[Tensor]:
-    """The `new` greedy tokens after `ids` (batch, prompt) as they come, each (batch, 1); one stream at a time."""
+    """The `new` greedy tokens after `ids` (batch, prompt), each (batch, 1). One lean stream at a time."""
     step = compiled_step(model, len(ids), ids.shape[1] + new) if compile else None
     yield from step.tokens(model, ids, new) if step else eager_tokens(model, ids, new)
 
@@ -248,7 +248,7 @@ def logits_and_token(model: nn.Module, ids: Tensor, position: Tensor, cache: Cac
 
 
 def capture(model: nn.Module, *inputs) -> Callable[[], tuple[Tensor, Tensor]]:
-    """`logits_and_token` compiled for these very tensors: at a token no Python of the model's, no guard runs."""
+    """`logits_and_token` compiled for these very tensors: no guard and none of the model's Python runs."""
     held = []
 
     def backend(graph, examples):
@@ -328,6 +328,10 @@ class OneToken(TorchFunctionMode):
                 return row_linear(*args, **kwargs)
             if function is torch._weight_int8pack_mm and len(args[0]) == 1:
                 return row_times(*args)
+            if function is torch._weight_int4pack_mm_for_cpu:
+                x, codes, group, scales = args
+                # as a tensor: inductor mixes up the constants of regions, and so the group size
+                return torch.ops.quantized.int4mm_packed_weight_cpu(x, codes, torch.full((), group), scales)
             if function is F.scaled_dot_product_attention and args[0].shape[2] == 1:
                 return one_query(*args, **kwargs)
         return function(*args, **kwargs)
@@ -347,12 +351,10 @@ def row_times(x: Tensor, weight: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     return (y * scale).to(x.dtype)[None]
 
 
-def one_query(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, scale=None, **named
-) -> Tensor:
+def one_query(q: Tensor, k: Tensor, v: Tensor, attn_mask=None, scale: float | None = None, **named) -> Tensor:
     """Attention of one query q (batch, heads, 1, d) to k, v (batch, heads, keys, d), in float32."""
-    if attn_mask is None or attn_mask.dtype != torch.bool or named.get("enable_gqa"):
+    if attn_mask is None or attn_mask.dtype != torch.bool or any(named.values()):
         return F.scaled_dot_product_attention(q, k, v, attn_mask, scale=scale, **named)
-    scores = (q.float() * k.float()).sum(-1) * (scale or q.shape[-1] ** -0.5)  # (batch, heads, keys)
-    weights = scores.where(attn_mask[:, :, 0], -torch.inf).softmax(-1)
+    scores = (q.float() * k.float()).sum(-1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    weights = scores.where(attn_mask[:, :, 0], -torch.inf).softmax(-1)  # (batch, heads, keys)
     return (weights[..., None] * v.float()).sum(2).to(q.dtype)[:, :, None]

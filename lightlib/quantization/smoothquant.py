@@ -67,10 +67,10 @@ def smoothquant(
     """W8A8 on the blocks' linear layers, with inputs that come from a norm smoothed first.
 
     alpha: how much of the difficulty moves, 0 to 1; "search" takes the best of 0.1 to 0.9 for each norm;
-    None leaves the inputs as they are, which is plain W8A8 and needs no batches unless the scale is static. activations: one scale a "token", for the
+    None leaves the inputs as they are, which is plain W8A8. activations: one scale a "token", for the
     "tensor" of each call, or a "static" one from the batches. per_tensor: one scale for a whole weight.
     everywhere: also smooth what the value and up projections make, where that is exact (folding.py); the
-    paper smooths what norms make.
+    paper smooths what norms make. Raises ValueError without batches where a scale or alpha depends on them.
     """
     if not batches and (alpha is not None or activations == "static"):
         raise ValueError("smoothquant needs batches to see the inputs' largest values")
