@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.fx import GraphModule
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
 from lightlib.decoder import find_blocks
@@ -141,8 +141,8 @@ def compiled_step(model: nn.Module, batch: int, tokens: int) -> Step | None:
         try:
             step = Step(model, *size)
         except Exception as error:
-            while error.__cause__:
-                error = error.__cause__
+            while inner := getattr(error, "inner_exception", None) or error.__cause__:
+                error = inner
             failure = f"compiling failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
         # asked for again: at their first call, packed layers may lay out their codes in other tensors
         steps = steps_of(model)
@@ -242,9 +242,8 @@ def logits_after(model: nn.Module, ids: Tensor, position: Tensor, cache: Cache) 
 
 
 def logits_and_token(model: nn.Module, ids: Tensor, position: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
-    with OneToken():
-        logits = logits_after(model, ids, position, cache)
-        return logits, logits.argmax(-1)
+    logits = logits_after(model, ids, position, cache)
+    return logits, logits.argmax(-1)
 
 
 def capture(model: nn.Module, *inputs) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -252,8 +251,9 @@ def capture(model: nn.Module, *inputs) -> Callable[[], tuple[Tensor, Tensor]]:
     held = []
 
     def backend(graph, examples):
-        # else the norm before a product would be computed anew for each row of the weight
-        compiled = torch._inductor.compile(graph, examples, {"realize_cpu_opcount_threshold": 1})
+        if inputs[0].device.type == "cpu":
+            write_as_sums(graph)
+        compiled = torch._inductor.compile(graph, examples)
 
         def first(*tensors):
             held.append(functools.partial(compiled, *tensors))
@@ -297,8 +297,7 @@ def run_block(block: nn.Module, keys: Tensor, values: Tensor, position: Tensor, 
     cache = Slots(keys, values, position)
     args = [cache if isinstance(value, str) else value for value in args]
     named = {name: cache if isinstance(value, str) else value for name, value in named.items()}
-    with OneToken():
-        return type(block).forward(block, *args, **named)
+    return type(block).forward(block, *args, **named)
 
 
 def cuda_graph(run: Callable[[], None]) -> Callable[[], None]:
@@ -314,47 +313,73 @@ def cuda_graph(run: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-class OneToken(TorchFunctionMode):
-    """On a CPU, writes products with one row as sums, which compile into loops at the speed of memory.
+def write_as_sums(graph: GraphModule) -> None:
+    """On a CPU, products with one row become sums, which compile into loops at the speed of memory.
 
     A library's matmul reads a bfloat16 weight at half that speed, and each is a call; a sum fuses with what
     comes before and after it, so that a whole block becomes one function.
     """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if args and isinstance(args[0], Tensor) and args[0].device.type == "cpu":
-            if function is F.linear and args[0].numel() == args[0].shape[-1]:
-                return row_linear(*args, **kwargs)
-            if function is torch._weight_int8pack_mm and len(args[0]) == 1:
-                return row_times(*args)
-            if function is torch._weight_int4pack_mm_for_cpu:
-                x, codes, group, scales = args
-                # as a tensor: inductor mixes up the constants of regions, and so the group size
-                return torch.ops.quantized.int4mm_packed_weight_cpu(x, codes, torch.full((), group), scales)
-            if function is F.scaled_dot_product_attention and args[0].shape[2] == 1:
-                return one_query(*args, **kwargs)
-        return function(*args, **kwargs)
+    for part in graph.modules():
+        if isinstance(part, GraphModule):
+            for node in part.graph.nodes:
+                node.target = SUMS.get(node.target, node.target)
+            part.recompile()
 
 
-def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear for one row: x (..., in), weight (out, in) -> (..., out)."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear: x (..., in), weight (out, in) -> (..., out)."""
+    if x.numel() > x.shape[-1]:
+        return F.linear(x, weight, bias)
     y = row_times(x.reshape(1, -1), weight)
     return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
 
 
+def linear8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """ATen's 8-bit product: x (tokens, in), codes (out, in), scale (out) -> (tokens, out)."""
+    return row_times(x, codes, scale) if len(x) == 1 else torch._weight_int8pack_mm(x, codes, scale)
+
+
+def linear4(x: Tensor, layout: Tensor, group: int, scale_and_shift: Tensor) -> Tensor:
+    """ATen's 4-bit product, its group size a tensor: inductor loses that number inside a region."""
+    return torch.ops.quantized.int4mm_packed_weight_cpu(x, layout, torch.full((), group), scale_and_shift)
+
+
 def row_times(x: Tensor, weight: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-    """x (1, in) times weight (out, in), each output times its scale: (1, out), summed in float32."""
+    """x (1, in) times weight (out, in), each output times its scale: (1, out)."""
     # lanes of equal shape fuse into one loop, which reads as many rows at once for each value of x
-    lanes = weight.chunk(LANES) if len(weight) % LANES == 0 else [weight]
-    y = torch.cat([(x.float() * lane.float()).sum(-1) for lane in lanes])
+    lanes, x = weight.chunk(LANES) if len(weight) % LANES == 0 else [weight], written(x)
+    y = torch.cat([(wide(x) * wide(lane)).sum(-1) for lane in lanes])
     return (y * scale).to(x.dtype)[None]
 
 
-def one_query(q: Tensor, k: Tensor, v: Tensor, attn_mask=None, scale: float | None = None, **named) -> Tensor:
-    """Attention of one query q (batch, heads, 1, d) to k, v (batch, heads, keys, d), in float32."""
-    if attn_mask is None or attn_mask.dtype != torch.bool or any(named.values()):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask, scale=scale, **named)
-    scores = (q.float() * k.float()).sum(-1) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    weights = scores.where(attn_mask[:, :, 0], -torch.inf).softmax(-1)  # (batch, heads, keys)
-    return (weights[..., None] * v.float()).sum(2).to(q.dtype)[:, :, None]
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask=None, scale: float | None = None, enable_gqa=False, **named
+) -> Tensor:
+    """F.scaled_dot_product_attention; of one query q (batch, heads, 1, d) as sums."""
+    if q.shape[2] > 1 or attn_mask is None or attn_mask.dtype != torch.bool or any(named.values()):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, scale=scale, enable_gqa=enable_gqa, **named)
+    k, v = wide(k)[:, :, None], wide(v)[:, :, None]  # (batch, kv heads, 1, keys, d)
+    groups = wide(written(q)).reshape(
+        len(q), k.shape[1], -1, 1, q.shape[-1]
+    )  # (batch, kv heads, group, 1, d)
+    scores = (groups * k).sum(-1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    weights = scores.where(attn_mask, -torch.inf).softmax(-1)  # (batch, kv heads, group, keys)
+    return (weights[..., None] * v).sum(3).reshape(q.shape).to(q.dtype)
+
+
+def written(x: Tensor) -> Tensor:
+    """x, which inductor writes to memory here; else it would compute it anew for each row that it multiplies."""
+    return x.contiguous().as_strided(x.shape, x.contiguous().stride())
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the precision that sums take: float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+SUMS = {
+    F.linear: linear,
+    F.scaled_dot_product_attention: attention,
+    torch._weight_int8pack_mm: linear8,
+    torch._weight_int4pack_mm_for_cpu: linear4,
+}
