@@ -368,7 +368,7 @@ def attention(
 
 
 def written(x: Tensor) -> Tensor:
-    """x, which inductor writes to memory here; else it would compute it anew for each row that it multiplies."""
+    """x, which inductor writes to memory here; else it would be computed anew for each row it multiplies."""
     return x.contiguous().as_strided(x.shape, x.contiguous().stride())
 
 
