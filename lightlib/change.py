@@ -28,6 +28,7 @@ def changing(model: nn.Module, inplace: bool) -> Iterator[nn.Module]:
 
 def _restoring(model: nn.Module) -> Iterator[nn.Module]:
     before = dict(model.named_modules())
+    parameters = {name: dict(part.named_parameters(recurse=False)) for name, part in before.items()}
     try:
         yield use_linear_everywhere(model)
     except BaseException:
@@ -36,4 +37,6 @@ def _restoring(model: nn.Module) -> Iterator[nn.Module]:
             if now.get(name) is not part:
                 model.set_submodule(name, part)
                 now = dict(model.named_modules())
+            for kind, value in parameters[name].items():
+                setattr(part, kind, value)
         raise

@@ -363,8 +363,10 @@ def attention(
         len(q), k.shape[1], -1, 1, q.shape[-1]
     )  # (batch, kv heads, group, 1, d)
     scores = (groups * k).sum(-1) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    weights = scores.where(attn_mask, -torch.inf).softmax(-1)  # (batch, kv heads, group, keys)
-    return (weights[..., None] * v).sum(3).reshape(q.shape).to(q.dtype)
+    scores = scores.where(attn_mask, -torch.inf)  # (batch, kv heads, group, keys)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    mean = (weights[..., None] * v).sum(3) / weights.sum(-1, keepdim=True)
+    return mean.reshape(q.shape).to(q.dtype)
 
 
 def written(x: Tensor) -> Tensor:

@@ -39,18 +39,25 @@ class Fold:
         """Divide the signal by `scale` (in,), as `tie` returns it, and multiply its readers' columns."""
         source = block.get_submodule(self.source)
         for reader in self.readers:
-            weight = block.get_submodule(reader).weight
-            weight.copy_(weight.float() * scale)
+            part = block.get_submodule(reader)
+            rewrite(part, "weight", part.weight.float() * scale)
+        weight, bias = source.weight.float(), getattr(source, "bias", None)
         if self.rows is None:
-            source.weight.copy_((source.weight.float() + self.norm_offset) / scale - self.norm_offset)
-            if getattr(source, "bias", None) is not None:
-                source.bias.copy_(source.bias.float() / scale)
-            return
-        kv_heads, queries = self.heads
-        shared = scale.view(kv_heads, queries, -1)[:, 0].reshape(-1)
-        for part in filter(lambda p: p is not None, (source.weight, source.bias)):
-            last = part[-self.rows :]
-            last.copy_(last.float() / shared.view(-1, *[1] * (part.dim() - 1)))
+            rewrite(source, "weight", (weight + self.norm_offset) / scale - self.norm_offset)
+            divisor = scale
+        else:
+            kv_heads, queries = self.heads
+            shared = scale.view(kv_heads, queries, -1)[:, 0].reshape(-1)
+            divisor = torch.cat([shared.new_ones(len(weight) - self.rows), shared])
+            rewrite(source, "weight", weight / divisor[:, None])
+        if bias is not None:
+            rewrite(source, "bias", bias.float() / divisor)
+
+
+def rewrite(part: nn.Module, name: str, value: Tensor) -> None:
+    """Give `part` a new parameter, and leave the old one as it is: work that is broken off puts it back."""
+    old = getattr(part, name)
+    setattr(part, name, nn.Parameter(value.to(old.dtype), requires_grad=old.requires_grad))
 
 
 def folds(model: nn.Module) -> list[Fold]:

@@ -156,7 +156,7 @@ class TestEveryMethod:
             BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=30)
         )
         with pytest.raises(ValueError, match="'bert' is not a decoder"):
-            run(method, bert, None)
+            run(method, bert, [torch.zeros(1, 4, dtype=torch.long)])
 
 
 @pytest.mark.parametrize(("method", "setting"), SETTINGS)
