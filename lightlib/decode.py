@@ -28,7 +28,7 @@ def generate(model: nn.Module, ids: Tensor, new: int, compile: bool = True, stop
     The tokens are those of `model.generate(ids, max_new_tokens=new, do_sample=False)`: with `stop`, a
     sequence ends at the model's end token and is padded from there on. compile=False is the plain loop over
     the model's own forward; so is what cannot be compiled, with a warning that says why (`lean_path`).
-    The first compiled call takes about 20 s for 30 blocks on two cores, about 6 s in later processes. It
+    The first compiled call takes 20 to 30 s for 30 blocks on two cores, about 10 s in later processes. It
     serves every call with as many sequences and a length up to the same power of two.
     Compiled code rounds less often, so bfloat16 logits that tie within a rounding may fall the other way.
     `ids` hold no padding. Raises ValueError for ids of another shape, new < 1, or a context exceeded.
@@ -253,7 +253,8 @@ def capture(model: nn.Module, *inputs) -> Callable[[], tuple[Tensor, Tensor]]:
     def backend(graph, examples):
         if inputs[0].device.type == "cpu":
             write_as_sums(graph)
-        compiled = torch._inductor.compile(graph, examples)
+        # these tensors are all that it will ever see, so their sizes need no check at each token
+        compiled = torch._inductor.compile(graph, examples, options={"size_asserts": False})
 
         def first(*tensors):
             held.append(functools.partial(compiled, *tensors))

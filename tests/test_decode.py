@@ -32,7 +32,7 @@ def reference(model, ids, new):
 def traced(monkeypatch):
     """Steps are traced but run by PyTorch's own kernels: seconds less. The list counts what was compiled."""
     graphs = []
-    monkeypatch.setattr(torch._inductor, "compile", lambda graph, *_: graphs.append(graph) or graph)
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, *_, **__: graphs.append(graph) or graph)
     return graphs
 
 
@@ -203,7 +203,7 @@ def refused(model, words: str):
 def test_a_failure_to_compile_is_named_and_not_tried_again(plain, monkeypatch):
     tried = []
 
-    def fail(*_):
+    def fail(*_, **__):
         tried.append(1)
         raise OSError("no space left")
 
@@ -215,7 +215,7 @@ def test_a_failure_to_compile_is_named_and_not_tried_again(plain, monkeypatch):
 
 
 def test_compiled_code_that_gives_other_logits_is_not_used(plain, monkeypatch):
-    def wrong(graph, *_):
+    def wrong(graph, *_, **__):
         return lambda *tensors: [value * 1.01 for value in graph(*tensors)]
 
     monkeypatch.setattr(torch._inductor, "compile", wrong)
