@@ -47,23 +47,28 @@ def gptq_weight(
     # one scale a row serves all columns, so it can be fitted at the start, and columns can go back home
     fixed = static_groups or grid.per_tensor or group == n_in
     scale, zero = grid.fit(weight.detach()) if fixed else weight.new_zeros(2, len(weight), n_in // group)
-    group_of = ((order if fixed else natural) // group * (not grid.per_tensor)).tolist()
+    fitted = list(zip(scale.T.contiguous(), zero.T.contiguous(), strict=True))
+    group_of = (order // group * (not grid.per_tensor)).tolist()
     codes = torch.empty(n_in, len(weight), dtype=torch.uint8, device=weight.device)
     if not fixed:
         # a group begins with a block, so that it is up to date when it is fitted
         block_size = gcd(group, block_size) if group > block_size else group * (block_size // group)
 
+    pivots = U.diagonal().tolist()
     with one_thread():
         for begin in range(0, n_in, block_size):
             end = min(begin + block_size, n_in)
             errors = torch.empty(end - begin, len(weight), device=weight.device)
             for j in range(begin, end):
-                g = group_of[j]
-                if not fixed and j % group == 0:
-                    scale[:, g], zero[:, g] = grid.fit_groups(W[j : j + group].T)
-                code = grid.nearest(W[j], scale[:, g], zero[:, g])
+                if fixed:
+                    s, z = fitted[group_of[j]]
+                elif j % group == 0:
+                    s, z = grid.fit_groups(W[j : j + group].T)
+                    scale[:, j // group], zero[:, j // group] = s, z
+                column, error = W[j], errors[j - begin]
+                code = grid.nearest(column, s, z)
                 codes[j] = code
-                error = errors[j - begin] = (W[j] - grid.value(code, scale[:, g], zero[:, g])) / U[j, j]
+                torch.sub(column, grid.value(code, s, z), out=error).div_(pivots[j])
                 W[j + 1 : end].addr_(U[j, j + 1 : end], error, alpha=-1)
             W[end:] -= U[begin:end, end:].T @ errors  # later blocks hear of it once a block
 
