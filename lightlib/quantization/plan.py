@@ -10,7 +10,6 @@ import heapq
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import exp, log
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -71,14 +70,18 @@ def plan(
     """The grid of each layer that should move the model least, with the model within `budget_bytes`.
 
     The budget is for the whole model in a file, dense parts included; it is met from below. A few hundred
-    tokens are enough: for each of a block's four inputs, the scan runs the rest of the model twice.
+    tokens are enough: for each of a block's four inputs, the scan runs the rest of the model once.
     Raises ValueError for a budget that even the fewest bits exceed.
     """
+    grids = [Int(b, group_size, symmetric) for b in sorted(bits)]
     with changing(model, inplace=False) as copy:
-        dense = sum(linear.weight.nbytes for linear in dense_linears(copy))
-        outside = (size(copy).stored_bytes - dense) * 8
-        scan = sensitivity(copy, batches, [Int(b, group_size, symmetric) for b in sorted(bits)], progress)
-    chosen = spend(scan, int(budget_bytes * 8) - outside)
+        parts = dense_linears(copy)
+        outside = (size(copy).stored_bytes - sum(part.weight.nbytes for part in parts)) * 8
+        room = int(budget_bytes * 8) - outside
+        needed = [sum(grid.stored_bits(*part.weight.shape) for part in parts) for grid in grids]
+        finest = max((i for i, stored in enumerate(needed) if stored <= room), default=0)
+        scan = sensitivity(copy, batches, grids, grids[finest], progress)
+    chosen = spend(scan, room)
     total = sum(c.stored_bits for c in chosen.values()) + outside
     return Plan(
         {name: c.grid for c in chosen.values() for name in c.names},
@@ -89,66 +92,51 @@ def plan(
 
 
 def sensitivity(
-    model: nn.Module, batches: list[Tensor], grids: list[Int], progress: bool = True
+    model: nn.Module, batches: list[Tensor], grids: list[Int], probe: Int, progress: bool = True
 ) -> dict[str, list[Choice]]:
     """{stage: a Choice for each grid}. The model's own weights are swapped and put back.
 
-    Each stage of each block is rounded alone, to the coarsest grid and to one near the middle, and the
-    divergence from the dense model is measured; other grids lie on the power law through both.
+    Each stage of each block is rounded alone to `probe`, one of the grids, and the divergence from the dense
+    model is measured. That is quadratic in small changes of weights, so for other grids it is taken to grow
+    with the squared distance they move them: measuring each grid would mostly measure the luck of rounding.
     """
     reference, found = [log_probabilities(model, ids) for ids in batches], {}
-    probes = (grids[0], grids[len(grids) // 2])
     for block in stream_blocks(model, batches, progress=progress, title="plan"):
         with starting_at(model, block):
             for stage in block.stages:
                 parts = {f"{block.name}.{name}": block.linears[name] for name in stage}
-                measured = []
-                for probe in probes:
-                    with rounded(parts, probe) as moved:
-                        measured.append((moved, divergence_from(reference, model, batches)))
-                bits = [
-                    sum(grid.stored_bits(*part.weight.shape) for part in parts.values()) for grid in grids
-                ]
-                losses = [power_law(measured, moved_by(parts, grid)) for grid in grids]
+                moved = {grid: moved_by(parts, grid) for grid in grids}
+                with rounded(parts, probe):
+                    loss = divergence_from(reference, model, batches) / max(moved[probe], 1e-12)
                 found[f"{block.name}.{stage[0]}"] = [
-                    Choice(tuple(parts), *choice) for choice in zip(grids, bits, losses, strict=True)
+                    Choice(
+                        tuple(parts),
+                        grid,
+                        sum(grid.stored_bits(*part.weight.shape) for part in parts.values()),
+                        loss * moved[grid],
+                    )
+                    for grid in grids
                 ]
     return found
 
 
 @contextmanager
-def rounded(parts: dict[str, nn.Linear], grid: Int) -> Iterator[float]:
-    """While it lasts, these layers' weights lie on the grid; gives how far they moved for that."""
+def rounded(parts: dict[str, nn.Linear], grid: Int) -> Iterator[None]:
+    """While it lasts, these layers' weights lie on the grid."""
     before = {name: part.weight.data for name, part in parts.items()}
     try:
         for name, part in parts.items():
             part.weight.data = grid.encode(part.weight, name).dense(part.weight.dtype)
-        yield _distance(before.values(), (part.weight.data for part in parts.values()))
+        yield
     finally:
         for name, part in parts.items():
             part.weight.data = before[name]
 
 
 def moved_by(parts: dict[str, nn.Linear], grid: Int) -> float:
-    """||W - W'|| / ||W|| over all of these layers."""
-    weights = [part.weight.detach() for part in parts.values()]
-    return _distance(weights, (grid.rounded(W) for W in weights))
-
-
-def _distance(before, after) -> float:
-    pairs = [(a.float(), b.float()) for a, b in zip(before, after, strict=True)]
-    return (
-        (sum((a - b).square().sum() for a, b in pairs) / sum(a.square().sum() for a, _ in pairs))
-        .sqrt()
-        .item()
-    )
-
-
-def power_law(measured: list[tuple[float, float]], moved: float) -> float:
-    """The loss at `moved`, on the line through two (moved, loss) in logarithms; slope 2 where they agree."""
-    (x0, y0), (x1, y1) = [(log(max(x, 1e-12)), log(max(y, 1e-12))) for x, y in measured]
-    slope = (y0 - y1) / (x0 - x1) if x0 - x1 > 1e-6 else 2.0
-    return exp(y0 + max(slope, 0.0) * (log(max(moved, 1e-12)) - x0))
+    """||W - W'||^2 over all of these layers."""
+    weights = (part.weight.detach().float() for part in parts.values())
+    return sum((W - grid.rounded(W)).square().sum().item() for W in weights)
 
 
 def log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:

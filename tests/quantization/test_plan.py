@@ -53,18 +53,20 @@ def test_the_layer_that_matters_gets_the_bits(llama, calib):
     assert grids["model.layers.1.mlp.down_proj"].bits == 2 < grids["model.layers.0.mlp.down_proj"].bits
 
 
-def test_the_loss_of_a_probed_grid_is_the_divergence_measured_with_that_layer_alone_rounded(llama, calib):
-    found = plan(llama, calib, budget_bytes=stored(llama, 4), **KNOBS)
-    names = ("model.layers.1.mlp.down_proj",)
-    before = llama.model.layers[1].mlp.down_proj.weight.clone()
-    for bits in (2, 4):  # the coarsest of the four, and the middle one
-        choice = next(c for c in found.scan if c.names == names and c.grid.bits == bits)
-        light = copy.deepcopy(llama)
-        light.model.layers[1].mlp.down_proj.weight.data = Int(bits, group_size=16).encode(before).dense()
-        total = divergence(light, llama, calib)
-        assert choice.loss == pytest.approx(total.mean_kl, rel=1e-3)
-    by_bits = [c.loss for c in found.scan if c.names == names]
-    assert by_bits == sorted(by_bits, reverse=True) and by_bits[-1] > 0
+def test_the_loss_is_the_divergence_with_that_layer_alone_rounded_and_grows_with_squared_distance(
+    llama, calib
+):
+    # the finest grid that all layers can have is measured
+    found = plan(llama, calib, budget_bytes=stored(llama, 4) + 10, **KNOBS)
+    layer, names = llama.model.layers[1].mlp.down_proj, ("model.layers.1.mlp.down_proj",)
+    choices = {c.grid.bits: c for c in found.scan if c.names == names}
+    light = copy.deepcopy(llama)
+    light.model.layers[1].mlp.down_proj.weight.data = Int(4, group_size=16).encode(layer.weight).dense()
+    assert choices[4].loss == pytest.approx(divergence(light, llama, calib).mean_kl, rel=1e-3)
+    moved = {b: (Int(b, group_size=16).rounded(layer.weight) - layer.weight).norm().item() for b in choices}
+    for bits, choice in choices.items():
+        ratio = choice.loss / choices[4].loss
+        assert ratio == pytest.approx((moved[bits] / moved[4]) ** 2, rel=1e-4)
 
 
 def test_spending_finds_the_best_of_all_choices_where_steps_cost_the_same():
