@@ -25,7 +25,8 @@ lab: $(FETCHED)
 	    lessons/00_start_here.ipynb $(LAB_ARGS)
 
 test: lint $(FETCHED)
-	$(BIN)/pytest -m 'not lessons' tests
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest -n $(JOBS) -m 'not lessons and not alone' tests
+	$(BIN)/pytest -m 'alone and not lessons' tests
 	$(MAKE) lessons
 
 lessons: export OMP_NUM_THREADS = $(THREADS)

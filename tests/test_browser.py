@@ -23,7 +23,7 @@ missing = [
     )
     if absent
 ]
-pytestmark = pytest.mark.skipif(bool(missing), reason="; ".join(missing))
+pytestmark = [pytest.mark.alone, pytest.mark.skipif(bool(missing), reason="; ".join(missing))]
 
 
 @pytest.fixture(scope="module")

@@ -84,6 +84,7 @@ def test_only_calibration_hooks_and_only_decoder_names_architectures():
             assert "self_attn." not in source and "mlp." not in source, path
 
 
+@pytest.mark.alone
 def test_import_lightlib_is_quick_and_brings_nothing_heavy():
     heavy = {"torch", "transformers", "numpy", "matplotlib"}
     probe = f"import sys, lightlib; print(sorted({heavy} & set(sys.modules)))"

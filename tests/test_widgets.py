@@ -189,6 +189,7 @@ def redraws(ex: Explorer) -> list[tuple[float, float]]:
     return times
 
 
+@pytest.mark.alone
 def test_every_control_of_every_explorer_redraws_within_200_ms(capsys):
     """Nothing cached; the faster of two passes counts. If others take the cores, only our own time counts."""
     lines, slow = [f"{'slider to redraw, ms':22}{'moves':>7}{'p50':>7}{'p95':>7}{'own p95':>9}"], []

@@ -62,6 +62,7 @@ def test_two_of_a_kind_are_equal_byte_by_byte_and_read_on_one_line(make):
         assert 7 * len(control.description) < float(control.style.description_width.removesuffix("px"))
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("name", EXPLORERS)
 def test_every_control_redraws_within_200_ms(name):
     """Nothing cached; the faster of two passes counts. If others take the cores, only our own time counts."""

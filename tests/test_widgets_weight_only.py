@@ -81,6 +81,7 @@ def test_every_control_has_a_description_that_is_wide_enough(make):
         assert 7 * len(control.description) < float(control.style.description_width.removesuffix("px"))
 
 
+@pytest.mark.alone
 @every_explorer
 def test_every_control_redraws_within_200_ms(make):
     """Nothing cached; the faster of two passes counts. If others take the cores, only our own time counts."""

@@ -90,6 +90,7 @@ def test_a_saved_light_model_loads_by_its_folder(tiny, tmp_path):
         assert torch.equal(again(ids).logits, light(ids).logits)
 
 
+@pytest.mark.alone
 def test_tiny_loads_in_two_seconds_and_beats_the_3_gram_model_of_its_card():
     load_model("tiny")
     begin = time.perf_counter()
