@@ -12,6 +12,11 @@ from lightlib.quantization.grid import Int
 from lightlib.quantization.llm_int8 import llm_int8
 from lightlib.quantization.rtn import rtn
 from lightlib.quantization.smoothquant import smoothquant
+from lightlib.sparsity.magnitude import magnitude
+from lightlib.sparsity.obs import obs
+from lightlib.sparsity.sparsegpt import sparsegpt
+from lightlib.sparsity.wanda import wanda
+from lightlib.sparsity.wrp import wrp
 
 
 @dataclass(frozen=True)
@@ -104,5 +109,45 @@ METHODS = (
             "per_tensor": (True,),
             "everywhere": (True,),
         },
+    ),
+    Method(
+        "magnitude",
+        magnitude,
+        "Han et al. 2015, arXiv:1506.02626",
+        "the blocks' linear weights, the smallest dropped",
+        needs_data=False,
+        knobs={"sparsity": (0.5, 0.9, "2:4", "1:8"), "scope": ("row", "layer", "global")},
+    ),
+    Method(
+        "wanda",
+        wanda,
+        "Sun et al. 2023, arXiv:2306.11695",
+        "the blocks' linear weights, those dropped that are small times their input's norm",
+        needs_data=True,
+        knobs={"sparsity": (0.5, 0.7, "2:4", "4:8")},
+    ),
+    Method(
+        "sparsegpt",
+        sparsegpt,
+        "Frantar & Alistarh 2023, arXiv:2301.00774",
+        "the blocks' linear weights, with what is dropped made up for by what stays",
+        needs_data=True,
+        knobs={"sparsity": (0.5, 0.7, "2:4", "4:8"), "damping": (0.1,), "block_size": (16,)},
+    ),
+    Method(
+        "obs",
+        obs,
+        "Hassibi & Stork 1993; Frantar & Alistarh 2022, arXiv:2208.11580",
+        "the blocks' linear weights, one dropped at a time and the others moved to their best",
+        needs_data=True,
+        knobs={"sparsity": (0.5,), "surgeon": (False,), "damping": (0.1,)},
+    ),
+    Method(
+        "wrp",
+        wrp,
+        "Weight Recover Prune, ACL 2024, pages 6433-6443",
+        "the blocks' linear weights, to 2:4 and the most important of the others back",
+        needs_data=True,
+        knobs={"alpha": (0.25, 0.0), "pattern": ("1:4",)},
     ),
 )

@@ -5,7 +5,6 @@ Frantar et al. 2022, arXiv:2210.17323.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from math import gcd
 
@@ -18,6 +17,7 @@ from lightlib.machine import one_thread
 from lightlib.quantization.grid import Grid, Int, QuantizedWeight, grid_for
 from lightlib.quantization.linear import QuantLinear
 from lightlib.report import Compressed, Report
+from lightlib.second_order import inverse_factor
 
 
 def gptq_weight(
@@ -75,26 +75,6 @@ def gptq_weight(
     if fixed:
         return QuantizedWeight(grid, codes[order.argsort()].T.contiguous(), scale, zero)
     return QuantizedWeight(grid, codes.T.contiguous(), scale, zero, order if act_order else None)
-
-
-def inverse_factor(gram: Tensor, damping: float, name: str = "weight") -> Tensor:
-    """U (in, in), upper triangular, with U^T U = H^-1. H is the gram plus `damping` times its mean diagonal.
-
-    Where rounding leaves the gram without a Cholesky factor, the damping grows tenfold, with a warning.
-    """
-    mean = gram.diagonal().mean().clamp_min(1e-12)
-    if not torch.isfinite(mean):
-        raise ValueError(
-            f"{name}: its inputs hold NaN or infinite numbers; the model overflows in this dtype"
-        )
-    eye = torch.eye(len(gram), device=gram.device)
-    while True:
-        # flipped, the lower factor is an upper one: H = M M^T, so the inverse of M is U
-        lower, failed = torch.linalg.cholesky_ex((gram + damping * mean * eye).flip(0, 1))
-        if not failed:
-            return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
-        damping = max(10 * damping, 1e-6)
-        warnings.warn(f"{name}: the gram has no Cholesky factor; damping grows to {damping:g}", stacklevel=2)
 
 
 def gptq(

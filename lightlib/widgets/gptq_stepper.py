@@ -11,8 +11,8 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from lightlib.machine import one_thread
-from lightlib.quantization.gptq import inverse_factor
 from lightlib.quantization.grid import Int
+from lightlib.second_order import inverse_factor
 from lightlib.widgets.explorer import Explorer
 from lightlib.widgets.style import BLACK, BLUE, HEAT, VERMILION, panels
 

@@ -4,11 +4,12 @@ from torch.testing import assert_close
 
 from lightlib.calibration import Gram, stream_blocks
 from lightlib.quantization.float_grids import FP8, NF4
-from lightlib.quantization.gptq import gptq, gptq_weight, inverse_factor
+from lightlib.quantization.gptq import gptq, gptq_weight
 from lightlib.quantization.grid import Int
 from lightlib.quantization.linear import QuantLinear
 from lightlib.quantization.rtn import rtn, rtn_weight
 from lightlib.report import relative_error
+from lightlib.second_order import inverse_factor
 
 GRIDS = [
     *(Int(b, group_size=g, symmetric=s) for b in (2, 3, 4, 8) for g in (None, 16, 48) for s in (False, True)),

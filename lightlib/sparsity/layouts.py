@@ -1,0 +1,124 @@
+"""How a sparse weight is stored: what stays of it, and where each value belongs.
+
+| layout | a weight takes, beside the values that stay |
+| "bitmap" | one bit for each weight, kept or not |
+| "csr" | 32 bits for each value (its column) and for each row |
+| "n:m" | ceil(log2 m) bits for each value: its place in its group |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, log2
+
+import torch
+from torch import Tensor
+
+from lightlib.sparsity.masks import pattern
+
+
+@dataclass(frozen=True)
+class SparseWeight:
+    """A weight (out, in) in a layout. tensors: its values, row by row, and what tells their places."""
+
+    layout: str
+    shape: tuple[int, int]
+    tensors: dict[str, Tensor]
+
+    @property
+    def kept(self) -> int:
+        """How many values are stored."""
+        return self.tensors["values"].numel()
+
+    def stored_bits(self) -> int:
+        return sum(t.numel() * t.element_size() * 8 for t in self.tensors.values())
+
+    def mask(self) -> Tensor:
+        """Where values are stored, zeros among them too: bool (out, in)."""
+        if self.layout == "bitmap":
+            return bits_of(self.tensors["bitmap"], self.shape)
+        flat = torch.zeros(self.shape, dtype=torch.bool, device=self.tensors["values"].device).view(-1)
+        flat[self._places()] = True
+        return flat.view(self.shape)
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(out, in), zeros where nothing is stored. Gradients reach the values."""
+        values = self.tensors["values"].to(dtype).flatten()
+        return values.new_zeros(self.shape).view(-1).index_put((self._places(),), values).view(self.shape)
+
+    def _places(self) -> Tensor:
+        """The place of each value in the weight read row by row: int64 (kept)."""
+        n_out, n_in = self.shape
+        if self.layout == "bitmap":
+            return bits_of(self.tensors["bitmap"], self.shape).view(-1).nonzero().view(-1)
+        if self.layout == "csr":
+            starts = self.tensors["starts"].long()
+            rows = torch.arange(n_out, device=starts.device).repeat_interleave(starts.diff())
+            return rows * n_in + self.tensors["columns"].long()
+        n, m = pattern(self.layout)
+        within = unpacked(self.tensors["positions"], bits_for(m), self.kept)
+        return within + torch.arange(n_out * n_in // m, device=within.device).repeat_interleave(n) * m
+
+
+def encode(weight: Tensor, mask: Tensor, layout: str) -> SparseWeight:
+    """The values of `weight` (out, in) where `mask` is True. ValueError where the mask does not fit."""
+    shape, values = tuple(weight.shape), weight.detach()[mask]
+    if layout == "bitmap":
+        return SparseWeight(layout, shape, {"values": values, "bitmap": as_bits(mask)})
+    if layout == "csr":
+        starts = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+        columns = mask.nonzero()[:, 1]
+        return SparseWeight(
+            layout, shape, {"values": values, "starts": starts.int(), "columns": columns.int()}
+        )
+    n, m = pattern(layout)
+    counts = mask.view(-1, m).sum(1) if shape[1] % m == 0 else None
+    if counts is None or (counts != n).any():
+        raise ValueError(f"not every {m} weights of a row {shape} keep {n}: the mask is not {layout}")
+    within = mask.view(-1, m).nonzero()[:, 1]
+    return SparseWeight(layout, shape, {"values": values, "positions": packed(within, bits_for(m))})
+
+
+def layout_bits(layout: str, shape: tuple[int, int], kept: int, value_bits: int) -> int:
+    """The bits that `kept` values of `value_bits` take in `layout`, without building it."""
+    n_out, n_in = shape
+    if layout == "bitmap":
+        return kept * value_bits + -(-n_out * n_in // 8) * 8
+    if layout == "csr":
+        return kept * (value_bits + 32) + 32 * (n_out + 1)
+    return kept * value_bits + -(-kept * bits_for(pattern(layout)[1]) // 8) * 8
+
+
+def smallest(mask: Tensor, value_bits: int, layouts: tuple[str, ...] = ("bitmap", "csr")) -> str:
+    """The layout that takes the fewest bits for this mask."""
+    kept, shape = int(mask.sum()), tuple(mask.shape)
+    return min(layouts, key=lambda layout: layout_bits(layout, shape, kept, value_bits))
+
+
+def bits_for(m: int) -> int:
+    """Bits that tell one of m places."""
+    return ceil(log2(m))
+
+
+def as_bits(mask: Tensor) -> Tensor:
+    """Eight of the mask's elements in a byte, the first in the lowest bit; the end is filled with 0."""
+    flat = torch.nn.functional.pad(mask.reshape(-1), (0, -mask.numel() % 8)).view(-1, 8)
+    return (flat * (1 << torch.arange(8, device=mask.device))).sum(1).to(torch.uint8)
+
+
+def bits_of(bitmap: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The mask (bool) of `shape` that `as_bits` packed."""
+    flat = bitmap[:, None] >> torch.arange(8, dtype=torch.uint8, device=bitmap.device) & 1
+    return flat.view(-1)[: shape[0] * shape[1]].view(shape).bool()
+
+
+def packed(numbers: Tensor, bits: int) -> Tensor:
+    """Numbers below 2^bits without gaps."""
+    spread = numbers.view(-1, 1) >> torch.arange(bits, device=numbers.device) & 1
+    return as_bits(spread.bool())
+
+
+def unpacked(stored: Tensor, bits: int, count: int) -> Tensor:
+    """The `count` numbers (int64) that `packed` laid side by side."""
+    spread = bits_of(stored, (count, bits)).long()
+    return (spread << torch.arange(bits, device=stored.device)).sum(1)

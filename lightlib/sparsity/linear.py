@@ -1,0 +1,76 @@
+"""SparseLinear: a linear layer that stores only the weights that stay, and where they belong."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightlib.compact import CompactLinear
+from lightlib.sparsity.layouts import SparseWeight, bits_for
+from lightlib.sparsity.masks import pattern
+
+
+class SparseLinear(CompactLinear):
+    """y = x W^T + b with W (out, in) the sum of one or more sparse weights whose places do not overlap.
+
+    Two parts serve masks that are nearly regular: most of the weight as n:m, the rest of it as CSR. The
+    values are parameters, so training them keeps the mask.
+    """
+
+    def __init__(self, weight: SparseWeight | tuple[SparseWeight, ...], bias: Tensor | None = None):
+        parts = weight if isinstance(weight, tuple) else (weight,)
+        n_out, n_in = parts[0].shape
+        super().__init__(n_in, n_out, bias)
+        self.layouts = tuple(part.layout for part in parts)
+        for i, part in enumerate(parts):
+            for key, tensor in part.tensors.items():
+                if key == "values":
+                    self.register_parameter(f"values{i}", nn.Parameter(tensor, requires_grad=False))
+                else:
+                    self.register_buffer(f"{key}{i}", tensor)
+
+    def parts(self) -> tuple[SparseWeight, ...]:
+        """The sparse weights whose sum W is."""
+        shape = self.out_features, self.in_features
+        return tuple(
+            SparseWeight(layout, shape, {key: getattr(self, f"{key}{i}") for key in KEYS.get(layout, NM)})
+            for i, layout in enumerate(self.layouts)
+        )
+
+    def mask(self) -> Tensor:
+        """Where values are stored: bool (out, in)."""
+        return torch.stack([part.mask() for part in self.parts()]).any(0)
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        first, *rest = (part.dense(dtype) for part in self.parts())
+        return sum(rest, first)
+
+    def settings(self) -> dict:
+        return {
+            "parts": [
+                [part.layout, part.kept, str(part.tensors["values"].dtype)[6:]] for part in self.parts()
+            ]
+        }
+
+    @classmethod
+    def empty(cls, in_features, out_features, bias=None, *, parts) -> SparseLinear:
+        shape = out_features, in_features
+        return cls(tuple(_blank(shape, *part) for part in parts), bias)
+
+
+NM = ("values", "positions")
+KEYS = {"bitmap": ("values", "bitmap"), "csr": ("values", "starts", "columns")}
+
+
+def _blank(shape: tuple[int, int], layout: str, kept: int, dtype: str) -> SparseWeight:
+    """Tensors of the right shapes, still to be filled."""
+    tensors = {"values": torch.zeros(kept, dtype=getattr(torch, dtype))}
+    if layout == "bitmap":
+        tensors["bitmap"] = torch.zeros(-(-shape[0] * shape[1] // 8), dtype=torch.uint8)
+    elif layout == "csr":
+        tensors["starts"] = torch.zeros(shape[0] + 1, dtype=torch.int32)
+        tensors["columns"] = torch.zeros(kept, dtype=torch.int32)
+    else:
+        bits = kept * bits_for(pattern(layout)[1])
+        tensors["positions"] = torch.zeros(-(-bits // 8), dtype=torch.uint8)
+    return SparseWeight(layout, shape, tensors)

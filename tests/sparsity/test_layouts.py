@@ -1,0 +1,114 @@
+import pytest
+import torch
+
+from lightlib import load, save
+from lightlib.cost import size
+from lightlib.sparsity.layouts import as_bits, bits_of, encode, layout_bits, packed, smallest, unpacked
+from lightlib.sparsity.linear import SparseLinear
+from lightlib.sparsity.magnitude import magnitude
+from lightlib.sparsity.masks import mask_of
+
+
+def some_weight(shape=(24, 40), dtype=torch.float32):
+    torch.manual_seed(0)
+    return torch.randn(shape).to(dtype)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (3, 5), (1, 1)])
+@pytest.mark.parametrize("layout", ["bitmap", "csr"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 0.999])
+def test_any_mask_comes_back_from_any_layout_bit_by_bit(shape, layout, sparsity):
+    W = some_weight(shape)
+    mask = mask_of(W.abs(), sparsity, "layer")
+    stored = encode(W, mask, layout)
+    assert torch.equal(stored.dense(), W * mask) and torch.equal(stored.mask(), mask)
+    assert stored.kept == mask.sum()
+    assert stored.stored_bits() == layout_bits(layout, shape, stored.kept, 32)
+
+
+@pytest.mark.parametrize("layout", ["2:4", "1:4", "4:8", "3:5", "1:2", "7:20"])
+def test_regular_masks_come_back_from_their_pattern(layout):
+    W = some_weight(dtype=torch.bfloat16)
+    mask = mask_of(W.float().abs(), layout)
+    stored = encode(W, mask, layout)
+    assert torch.equal(stored.dense(torch.bfloat16), W * mask) and torch.equal(stored.mask(), mask)
+    assert stored.stored_bits() == layout_bits(layout, (24, 40), stored.kept, 16)
+
+
+def test_a_value_that_is_zero_is_a_value():
+    W, mask = torch.zeros(4, 8), torch.zeros(4, 8, dtype=torch.bool)
+    mask[1, ::2] = True
+    for layout in ("bitmap", "csr"):
+        assert torch.equal(encode(W, mask, layout).mask(), mask)
+
+
+def test_two_of_four_in_16_bits_takes_9_of_16_parts_of_the_dense_weight():
+    assert layout_bits("2:4", (64, 64), 64 * 32, 16) == 64 * 64 * 16 * 0.5625
+
+
+def test_a_mask_that_breaks_the_pattern_is_refused():
+    W = some_weight()
+    with pytest.raises(ValueError, match="the mask is not 2:4"):
+        encode(W, mask_of(W.abs(), 0.5), "2:4")
+    with pytest.raises(ValueError, match="the mask is not 2:3"):
+        encode(W, mask_of(W.abs(), 0.5), "2:3")
+
+
+def test_the_smallest_layout_is_csr_only_where_little_is_left():
+    # 32 bits an index against one bit a weight: they meet where one weight in 32 stays
+    W = some_weight((64, 256))
+    assert smallest(mask_of(W.abs(), 0.90, "layer"), 16) == "bitmap"
+    assert smallest(mask_of(W.abs(), 0.99, "layer"), 16) == "csr"
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 8])
+def test_packed_numbers_come_back_without_gaps(bits):
+    numbers = torch.arange(101) % 2**bits
+    stored = packed(numbers, bits)
+    assert stored.numel() == -(-101 * bits // 8) and torch.equal(unpacked(stored, bits, 101), numbers)
+
+
+def test_bits_lie_lowest_first():
+    mask = torch.tensor([[True, False, True], [False, False, True]])
+    assert as_bits(mask).tolist() == [0b100101] and torch.equal(bits_of(as_bits(mask), (2, 3)), mask)
+
+
+def test_a_layer_multiplies_what_it_stores_and_its_values_learn_within_the_mask():
+    W, bias = some_weight(), torch.randn(24)
+    mask = mask_of(W.abs(), 0.7)
+    layer = SparseLinear(encode(W, mask, "bitmap"), bias)
+    x = torch.randn(3, 5, 40)
+    torch.testing.assert_close(layer(x), x @ (W * mask).T + bias)
+    layer.values0.requires_grad_(True)
+    layer(x).square().sum().backward()
+    dense = (W * mask).requires_grad_(True)
+    (x @ dense.T + bias).square().sum().backward()
+    torch.testing.assert_close(layer.values0.grad, dense.grad[mask])
+
+
+def test_values_follow_the_models_type_and_what_places_them_does_not():
+    W = some_weight()
+    layer = SparseLinear(encode(W, mask_of(W.abs(), 0.99), "csr")).to(torch.bfloat16)
+    assert layer.values0.dtype == torch.bfloat16 and layer.columns0.dtype == torch.int32
+    assert layer.stored_bits() == layout_bits("csr", (24, 40), layer.values0.numel(), 16)
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.6, 0.7, 0.8, 0.9, 0.99, "2:4"])
+def test_the_bytes_on_disk_and_in_memory_are_those_of_the_formula(llama, tmp_path, sparsity):
+    light, report = magnitude(llama, sparsity=sparsity, progress=False)
+    formula = sum(
+        min(
+            layout_bits(x, r.shape, kept, 32)
+            for x in ([sparsity] if sparsity == "2:4" else ["bitmap", "csr"])
+        )
+        for r in report
+        if (kept := light.get_submodule(r.name).values0.numel())
+    )
+    assert sum(r.bits_after for r in report) == formula
+    rest = size(llama).stored_bytes - sum(r.bits_before for r in report) // 8
+    assert size(light).stored_bytes == size(light).resident_bytes == rest + formula // 8
+    file = save(light, tmp_path / "light") / "lightlib.safetensors"
+    assert size(light).stored_bytes <= file.stat().st_size < size(light).stored_bytes + 12_000  # the header
+    again = load(tmp_path / "light")
+    name = report.rows[0].name
+    assert torch.equal(again.get_submodule(name).dense(), light.get_submodule(name).dense())
