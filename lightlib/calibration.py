@@ -51,6 +51,7 @@ class Block:
     rows: list[LayerReport] = field(default_factory=list)
     settled: dict[str, list] = field(default_factory=dict)  # what a part gave, for each batch
     room: int = 2**30  # bytes that `settled` may take; beyond it, parts are run again
+    opened: dict[str, int] = field(default_factory=dict)  # bits that a layer took before `open`
 
     @property
     def linears(self) -> dict[str, nn.Linear | CompactLinear]:
@@ -59,6 +60,21 @@ class Block:
     @property
     def stages(self) -> list[tuple[str, ...]]:
         return self.roles.stages
+
+    @torch.no_grad()
+    def open(self) -> dict[str, Tensor]:
+        """Make pruned layers dense, to be packed anew; {linear: mask (out, in) of the weights it stored}."""
+        masks = {}
+        for name, part in self.linears.items():
+            mask = part.mask() if isinstance(part, CompactLinear) else None
+            if mask is not None:
+                masks[name], self.opened[name] = mask, weight_bits(part)
+                linear = nn.Linear(part.in_features, part.out_features, device="meta")
+                values = next(part.parameters())
+                linear.weight = nn.Parameter(part.dense(values.dtype), requires_grad=False)
+                linear.bias = part.bias
+                self.module.set_submodule(name, linear)
+        return masks
 
     @torch.no_grad()
     def run(self) -> list[Tensor]:
@@ -159,19 +175,13 @@ class Block:
         """
         old = self.module.get_submodule(name)
         before, after = weight_of(old), new.dense()
-        bias = 0 if old.bias is None else old.bias.numel() * old.bias.element_size() * 8
-        bits = (
-            old.stored_bits() - bias
-            if isinstance(old, CompactLinear)
-            else before.numel() * old.weight.itemsize * 8
-        )
         self.rows.append(
             LayerReport(
                 method,
                 f"{self.name}.{name}",
                 (new.out_features, new.in_features),
-                bits,
-                new.stored_bits() - bias,
+                self.opened.get(name) or weight_bits(old),
+                weight_bits(new),
                 relative_error(before, after.to(before.device), gram)
                 if inputs is None
                 else output_error(before, old.bias, new, inputs),
@@ -191,6 +201,13 @@ def held_bytes(output) -> int:
     """Bytes of the tensors in what a module returned."""
     parts = output if isinstance(output, (tuple, list)) else (output,)
     return sum(part.nbytes for part in parts if isinstance(part, Tensor))
+
+
+def weight_bits(linear: nn.Linear | CompactLinear) -> int:
+    """Bits of the layer's weight in a file, without its bias."""
+    if isinstance(linear, nn.Linear):
+        return linear.weight.numel() * linear.weight.itemsize * 8
+    return linear.stored_bits() - (0 if linear.bias is None else linear.bias.nbytes * 8)
 
 
 def weight_of(linear: nn.Linear | CompactLinear) -> Tensor:

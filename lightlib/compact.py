@@ -40,6 +40,10 @@ class CompactLinear(nn.Module):
         """Bits that the layer takes in a file."""
         return sum(t.numel() * t.element_size() * 8 for t in self.stored().values())
 
+    def mask(self) -> Tensor | None:
+        """Which weights (out, in) a layer stores that drops some and leaves the others as they are."""
+        return None
+
     def fast_path(self, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
         """(operation, reason): what multiplies packed weights for such inputs, or "" and why nothing does."""
         return "", "no packed matmul exists for this layer, so each call decodes it to dense first"

@@ -90,13 +90,15 @@ def awq(
     """AWQ on the blocks' linear layers; the embedding and the head stay dense.
 
     Scales are folded into what precedes a layer where that is exact (see folding.py); other layers are
-    only clipped. Raises ValueError without batches, and where a group size does not divide a layer's inputs.
+    only clipped. Pruned layers keep their zeros. Raises ValueError without batches, and where a group size
+    does not divide a layer's inputs.
     """
     if not batches:
         raise ValueError("awq needs batches to see the layers' inputs; rtn rounds without them")
     with changing(model, inplace) as light:
         rows, places = [], folds(light)
         for block in stream_blocks(light, batches, device=device, progress=progress, title="awq"):
+            masks = block.open()
             parts = {name: part for name, part in block.linears.items() if isinstance(part, nn.Linear)}
             grids = {name: grid_for(grid, f"{block.name}.{name}") for name in parts}
             for name, part in parts.items():
@@ -115,7 +117,8 @@ def awq(
                 weight = part.weight.float()
                 if clip and not grids[name].per_tensor:
                     weight = awq_clip(weight, grams[name], grids[name])
-                light_weight = grids[name].encode(weight, f"{block.name}.{name}")
+                whole = f"{block.name}.{name}"
+                light_weight = grids[name].encode(weight, whole).within(masks.get(name), whole)
                 block.replace("awq", name, QuantLinear(light_weight, part.bias), grams[name])
             rows += block.rows
     return Compressed(light, Report(tuple(rows)))

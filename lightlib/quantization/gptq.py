@@ -29,13 +29,15 @@ def gptq_weight(
     act_order: bool = False,
     static_groups: bool = False,
     block_size: int = 32,
+    mask: Tensor | None = None,
     name: str = "weight",
 ) -> QuantizedWeight:
     """`weight` (out, in) on `grid`, such that ||(W - W')X|| is small for inputs with `gram` X^T X (in, in).
 
     act_order: begin with the columns whose inputs are largest. static_groups: they keep the groups they lie
     in, with scales fitted before the first column moves; without it, groups follow the new order, and the
-    result stores that order. With an identity gram this is plain rounding, bit for bit.
+    result stores that order. mask (out, in): weights that are and stay zero; the others make up for them too.
+    With an identity gram this is plain rounding, bit for bit.
     """
     n_in = weight.shape[1]
     group = n_in // grid.groups(n_in, name)
@@ -49,6 +51,7 @@ def gptq_weight(
     scale, zero = grid.fit(weight.detach()) if fixed else weight.new_zeros(2, len(weight), n_in // group)
     fitted = list(zip(scale.T.contiguous(), zero.T.contiguous(), strict=True))
     group_of = (order // group * (not grid.per_tensor)).tolist()
+    stays = torch.ones_like(W) if mask is None else mask[:, order].T.to(W.dtype)  # (in, out)
     codes = torch.empty(n_in, len(weight), dtype=torch.uint8, device=weight.device)
     if not fixed:
         # a group begins with a block, so that it is up to date when it is fitted
@@ -63,18 +66,20 @@ def gptq_weight(
                 if fixed:
                     s, z = fitted[group_of[j]]
                 elif j % group == 0:
-                    s, z = grid.fit_groups(W[j : j + group].T)
+                    s, z = grid.fit_groups((W[j : j + group] * stays[j : j + group]).T)
                     scale[:, j // group], zero[:, j // group] = s, z
                 column, error = W[j], errors[j - begin]
-                code = grid.nearest(column, s, z)
+                code = grid.nearest(column * stays[j], s, z)
                 codes[j] = code
                 torch.sub(column, grid.value(code, s, z), out=error).div_(pivots[j])
                 W[j + 1 : end].addr_(U[j, j + 1 : end], error, alpha=-1)
             W[end:] -= U[begin:end, end:].T @ errors  # later blocks hear of it once a block
 
     if fixed:
-        return QuantizedWeight(grid, codes[order.argsort()].T.contiguous(), scale, zero)
-    return QuantizedWeight(grid, codes.T.contiguous(), scale, zero, order if act_order else None)
+        light = QuantizedWeight(grid, codes[order.argsort()].T.contiguous(), scale, zero)
+    else:
+        light = QuantizedWeight(grid, codes.T.contiguous(), scale, zero, order if act_order else None)
+    return light.within(mask, name)
 
 
 def gptq(
@@ -90,7 +95,7 @@ def gptq(
     progress: bool = True,
     inplace: bool = False,
 ) -> Compressed:
-    """GPTQ on the blocks' linear layers; the embedding and the head stay dense.
+    """GPTQ on the blocks' linear layers; embedding and head stay dense, and pruned layers keep their zeros.
 
     true_sequential: each layer is fitted to inputs that come through the rounded layers before it in its
     block, not only through the rounded blocks. damping: part of the gram's mean diagonal that is added to it.
@@ -102,6 +107,7 @@ def gptq(
     with changing(model, inplace) as light:
         rows = []
         for block in stream_blocks(light, batches, device=device, progress=progress, title="gptq"):
+            masks = block.open()
             everything = [tuple(name for stage in block.stages for name in stage)]
             for names in block.stages if true_sequential else everything:
                 names = [name for name in names if isinstance(block.linears[name], nn.Linear)]
@@ -110,7 +116,7 @@ def gptq(
                     linear, gram, whole = block.linears[name], grams[name].value, f"{block.name}.{name}"
                     weight = gptq_weight(
                         linear.weight, gram, grid_for(grid, whole), damping=damping, act_order=act_order,
-                        static_groups=static_groups, name=whole,
+                        static_groups=static_groups, mask=masks.get(name), name=whole,
                     )  # fmt: skip
                     block.replace("gptq", name, QuantLinear(weight, linear.bias), gram)
                 block.settle(names)

@@ -10,11 +10,13 @@ Jacob et al. 2018, arXiv:1712.05877; groups as in Shen et al. 2020, arXiv:1909.0
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 import torch
 from torch import Tensor
+
+from lightlib.packing import whole_bytes
 
 
 class Grid:
@@ -143,7 +145,8 @@ class Int(Grid):
 class QuantizedWeight:
     """A weight on a grid: codes uint8 (out, in), scale and zero (out, groups).
 
-    order: where groups do not lie side by side, column j of the codes is input order[j].
+    order: where groups do not lie side by side, column j of the codes is input order[j]. mask (out, in), its
+    columns as those of the codes: which codes are stored; the others stand for zero.
     """
 
     grid: Grid
@@ -151,10 +154,21 @@ class QuantizedWeight:
     scale: Tensor
     zero: Tensor
     order: Tensor | None = None
+    mask: Tensor | None = None
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         weight = self.grid.read(self.codes, self.scale, self.zero, dtype)
         return weight if self.order is None else weight[:, self.order.long().argsort()]
+
+    def within(self, mask: Tensor | None, name: str = "weight") -> QuantizedWeight:
+        """This weight, which is zero outside the mask (out, in), with no codes stored there."""
+        if mask is None:
+            return self
+        if self.grid.float_zero:
+            raise ValueError(
+                f"{name}: a float_zero grid has no exact zero for pruned weights; use float_zero=False"
+            )
+        return replace(self, mask=mask if self.order is None else mask[:, self.order.long()])
 
 
 def grid_for(grid: Grid | Mapping[str, Grid], name: str) -> Grid:
@@ -169,34 +183,3 @@ def grid_for(grid: Grid | Mapping[str, Grid], name: str) -> Grid:
 def sixteen(x: Tensor) -> Tensor:
     """`x` as float16 stores it."""
     return x.half().float()
-
-
-def whole_bytes(n: int, bits: int) -> int:
-    """The bits that `n` packed codes take: 8 codes at a time."""
-    return -(-n // 8) * 8 * bits
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes (uint8, any shape) without gaps, 8 codes in `bits` bytes; the end is filled with 0."""
-    flat = codes.flatten()
-    flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8).long()
-    word = (flat << torch.arange(0, 8 * bits, bits, device=flat.device)).sum(1, keepdim=True)
-    return (word >> torch.arange(0, 8 * bits, 8, device=flat.device) & 255).to(torch.uint8).flatten()
-
-
-def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """The codes (uint8) of `shape` that `pack` laid side by side."""
-    if bits == 8:
-        flat = packed
-    elif bits == 4:
-        flat = torch.stack([packed & 15, packed >> 4], 1).flatten()
-    else:
-        word = (packed.view(-1, bits).long() << torch.arange(0, 8 * bits, 8, device=packed.device)).sum(
-            1, keepdim=True
-        )
-        flat = (
-            (word >> torch.arange(0, 8 * bits, bits, device=packed.device) & 2**bits - 1)
-            .to(torch.uint8)
-            .flatten()
-        )
-    return flat[: torch.Size(shape).numel()].view(shape)

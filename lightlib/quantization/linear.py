@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 
 from lightlib.compact import CompactLinear
+from lightlib.packing import pack, unpack, whole_bytes
 from lightlib.quantization import aten
 from lightlib.quantization.float_grids import FP8, NF4
-from lightlib.quantization.grid import Int, QuantizedWeight, pack, unpack
+from lightlib.quantization.grid import Int, QuantizedWeight
 
 GRIDS = {kind.__name__: kind for kind in (Int, NF4, FP8)}
 
 
 class QuantLinear(CompactLinear):
     """y = x W^T + b with W (out, in) as codes of `grid.bits` bits, 16-bit scales, and zero points.
+
+    Of a pruned weight, the codes of what stays are stored, and a bit for each weight that tells which.
 
     In bfloat16, ATen multiplies the packed codes themselves: up to 4 bits (2 and 3 take the room of 4 in
     memory) with groups that 32 divides, and 5 to 8 bits with one scale a row. The first such call rearranges
@@ -27,7 +30,10 @@ class QuantLinear(CompactLinear):
         out_features, in_features = weight.codes.shape
         super().__init__(in_features, out_features, bias)
         grid = self.grid = weight.grid
-        self.register_buffer("codes", pack(weight.codes, grid.bits))
+        mask = weight.mask
+        self.kept = None if mask is None else int(mask.sum())
+        self.register_buffer("bitmap", None if mask is None else pack(mask.byte(), 1))
+        self.register_buffer("codes", pack(weight.codes if mask is None else weight.codes[mask], grid.bits))
         self.register_buffer("scale", weight.scale.half())
         self.register_buffer("zero", None if grid.symmetric else self._packed_zero(weight.zero))
         self.register_buffer("order", None if weight.order is None else weight.order.int())
@@ -37,26 +43,31 @@ class QuantLinear(CompactLinear):
 
     # what is stored
     def settings(self) -> dict:
-        return {"kind_of_grid": type(self.grid).__name__, "ordered": self.order is not None} | asdict(
-            self.grid
-        )
+        kind, ordered = type(self.grid).__name__, self.order is not None
+        return {"kind_of_grid": kind, "ordered": ordered, "kept": self.kept} | asdict(self.grid)
 
     @classmethod
-    def empty(cls, in_features, out_features, bias=None, *, kind_of_grid, ordered, **grid) -> QuantLinear:
+    def empty(
+        cls, in_features, out_features, bias=None, *, kind_of_grid, ordered, kept, **grid
+    ) -> QuantLinear:
         grid = GRIDS[kind_of_grid](**grid)
         scales = torch.zeros((1, 1) if grid.per_tensor else (out_features, grid.groups(in_features)))
         codes = torch.zeros(out_features, in_features, dtype=torch.uint8)
         order = torch.arange(in_features) if ordered else None
-        return cls(QuantizedWeight(grid, codes, scales, scales, order), bias)
+        mask = None if kept is None else torch.arange(codes.numel()).view(codes.shape) < kept
+        return cls(QuantizedWeight(grid, codes, scales, scales, order, mask), bias)
 
     def stored(self) -> dict[str, Tensor]:
-        names = ("codes", "scale", "zero", "order", "bias")
+        names = ("codes", "bitmap", "scale", "zero", "order", "bias")
         parts = {name: self._packed_codes() if name == "codes" else getattr(self, name) for name in names}
         return {name: part for name, part in parts.items() if part is not None}
 
     def stored_bits(self) -> int:
-        rest = [part for part in (self.order, self.bias) if part is not None]
-        return self.grid.stored_bits(self.out_features, self.in_features) + sum(t.nbytes * 8 for t in rest)
+        rest = sum(t.nbytes * 8 for t in (self.order, self.bias, self.bitmap) if t is not None)
+        if self.kept is not None:
+            bits = self.grid.bits
+            rest += whole_bytes(self.kept, bits) - whole_bytes(self.out_features * self.in_features, bits)
+        return self.grid.stored_bits(self.out_features, self.in_features) + rest
 
     def _packed_zero(self, zero: Tensor) -> Tensor:
         return zero.half() if self.grid.float_zero else pack(zero.to(torch.uint8), self.grid.bits)
@@ -65,12 +76,21 @@ class QuantLinear(CompactLinear):
     def quantized(self) -> QuantizedWeight:
         """The weight as codes (out, in), scale and zero."""
         grid, scale = self.grid, self.scale.float()
-        codes = unpack(self._packed_codes(), grid.bits, (self.out_features, self.in_features))
+        shape, mask = (self.out_features, self.in_features), self._mask()
         if grid.symmetric:
             zero = torch.full_like(scale, 2 ** (grid.bits - 1))
         else:
             zero = self.zero.float() if grid.float_zero else unpack(self.zero, grid.bits, scale.shape).float()
-        return QuantizedWeight(grid, codes, scale, zero, self.order)
+        codes = unpack(self._packed_codes(), grid.bits, shape if mask is None else (self.kept,))
+        if mask is not None:
+            zeros = grid.round_to_codes(torch.zeros(shape, device=scale.device), scale, zero)
+            codes = zeros.masked_scatter_(mask, codes)
+        return QuantizedWeight(grid, codes, scale, zero, self.order, mask)
+
+    def _mask(self) -> Tensor | None:
+        if self.bitmap is None:
+            return None
+        return unpack(self.bitmap, 1, (self.out_features, self.in_features)).bool()
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.quantized().dense(dtype)
@@ -144,7 +164,8 @@ class QuantLinear(CompactLinear):
             return self.codes
         shape = self.out_features, self.in_features
         lifted = self.layout.int() if self.grid.bits > 4 else aten.read4(self.layout, *shape)
-        return pack((lifted - self._lift).to(torch.uint8), self.grid.bits)
+        codes, mask = (lifted - self._lift).to(torch.uint8), self._mask()
+        return pack(codes if mask is None else codes[mask], self.grid.bits)
 
     def _put_back(self) -> None:
         self.codes, self.layout, self.layout_scale, self.layout_shift = self._packed_codes(), None, None, None

@@ -34,17 +34,19 @@ def rtn(
     """Round the blocks' linear layers to `grid`, one for all or one for each layer's name; the embedding and
     the head stay dense.
 
-    Needs no data; with `batches` the report's errors are those of the layers' outputs.
+    Pruned layers keep their zeros. Needs no data; with `batches` the report's errors are those of the
+    layers' outputs.
     Raises ValueError where a group size does not divide a layer's inputs, before anything is changed.
     """
     with changing(model, inplace) as light:
         rows = []
         for block in stream_blocks(light, batches, device=device, progress=progress, title="rtn"):
-            grams = block.collect(Gram)
+            masks, grams = block.open(), block.collect(Gram)
             for name, linear in block.linears.items():
                 if isinstance(linear, nn.Linear):
                     whole = f"{block.name}.{name}"
                     weight = rtn_weight(linear.weight, grid_for(grid, whole), whole)
+                    weight = weight.within(masks.get(name), whole)
                     gram = grams[name].value if name in grams else None
                     block.replace("rtn", name, QuantLinear(weight, linear.bias), gram)
             rows += block.rows

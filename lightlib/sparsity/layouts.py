@@ -14,6 +14,7 @@ from math import ceil, log2
 import torch
 from torch import Tensor
 
+from lightlib.packing import pack, unpack, whole_bytes
 from lightlib.sparsity.masks import pattern
 
 
@@ -36,7 +37,7 @@ class SparseWeight:
     def mask(self) -> Tensor:
         """Where values are stored, zeros among them too: bool (out, in)."""
         if self.layout == "bitmap":
-            return bits_of(self.tensors["bitmap"], self.shape)
+            return unpack(self.tensors["bitmap"], 1, self.shape).bool()
         flat = torch.zeros(self.shape, dtype=torch.bool, device=self.tensors["values"].device).view(-1)
         flat[self._places()] = True
         return flat.view(self.shape)
@@ -50,13 +51,13 @@ class SparseWeight:
         """The place of each value in the weight read row by row: int64 (kept)."""
         n_out, n_in = self.shape
         if self.layout == "bitmap":
-            return bits_of(self.tensors["bitmap"], self.shape).view(-1).nonzero().view(-1)
+            return self.mask().view(-1).nonzero().view(-1)
         if self.layout == "csr":
             starts = self.tensors["starts"].long()
             rows = torch.arange(n_out, device=starts.device).repeat_interleave(starts.diff())
             return rows * n_in + self.tensors["columns"].long()
         n, m = pattern(self.layout)
-        within = unpacked(self.tensors["positions"], bits_for(m), self.kept)
+        within = unpack(self.tensors["positions"], bits_for(m), (self.kept,)).long()
         return within + torch.arange(n_out * n_in // m, device=within.device).repeat_interleave(n) * m
 
 
@@ -64,7 +65,7 @@ def encode(weight: Tensor, mask: Tensor, layout: str) -> SparseWeight:
     """The values of `weight` (out, in) where `mask` is True. ValueError where the mask does not fit."""
     shape, values = tuple(weight.shape), weight.detach()[mask]
     if layout == "bitmap":
-        return SparseWeight(layout, shape, {"values": values, "bitmap": as_bits(mask)})
+        return SparseWeight(layout, shape, {"values": values, "bitmap": pack(mask.byte(), 1)})
     if layout == "csr":
         starts = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
         columns = mask.nonzero()[:, 1]
@@ -76,17 +77,17 @@ def encode(weight: Tensor, mask: Tensor, layout: str) -> SparseWeight:
     if counts is None or (counts != n).any():
         raise ValueError(f"not every {m} weights of a row {shape} keep {n}: the mask is not {layout}")
     within = mask.view(-1, m).nonzero()[:, 1]
-    return SparseWeight(layout, shape, {"values": values, "positions": packed(within, bits_for(m))})
+    return SparseWeight(layout, shape, {"values": values, "positions": pack(within.byte(), bits_for(m))})
 
 
 def layout_bits(layout: str, shape: tuple[int, int], kept: int, value_bits: int) -> int:
     """The bits that `kept` values of `value_bits` take in `layout`, without building it."""
     n_out, n_in = shape
     if layout == "bitmap":
-        return kept * value_bits + -(-n_out * n_in // 8) * 8
+        return kept * value_bits + whole_bytes(n_out * n_in, 1)
     if layout == "csr":
         return kept * (value_bits + 32) + 32 * (n_out + 1)
-    return kept * value_bits + -(-kept * bits_for(pattern(layout)[1]) // 8) * 8
+    return kept * value_bits + whole_bytes(kept, bits_for(pattern(layout)[1]))
 
 
 def smallest(mask: Tensor, value_bits: int, layouts: tuple[str, ...] = ("bitmap", "csr")) -> str:
@@ -98,27 +99,3 @@ def smallest(mask: Tensor, value_bits: int, layouts: tuple[str, ...] = ("bitmap"
 def bits_for(m: int) -> int:
     """Bits that tell one of m places."""
     return ceil(log2(m))
-
-
-def as_bits(mask: Tensor) -> Tensor:
-    """Eight of the mask's elements in a byte, the first in the lowest bit; the end is filled with 0."""
-    flat = torch.nn.functional.pad(mask.reshape(-1), (0, -mask.numel() % 8)).view(-1, 8)
-    return (flat * (1 << torch.arange(8, device=mask.device))).sum(1).to(torch.uint8)
-
-
-def bits_of(bitmap: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The mask (bool) of `shape` that `as_bits` packed."""
-    flat = bitmap[:, None] >> torch.arange(8, dtype=torch.uint8, device=bitmap.device) & 1
-    return flat.view(-1)[: shape[0] * shape[1]].view(shape).bool()
-
-
-def packed(numbers: Tensor, bits: int) -> Tensor:
-    """Numbers below 2^bits without gaps."""
-    spread = numbers.view(-1, 1) >> torch.arange(bits, device=numbers.device) & 1
-    return as_bits(spread.bool())
-
-
-def unpacked(stored: Tensor, bits: int, count: int) -> Tensor:
-    """The `count` numbers (int64) that `packed` laid side by side."""
-    spread = bits_of(stored, (count, bits)).long()
-    return (spread << torch.arange(bits, device=stored.device)).sum(1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightlib.compact import CompactLinear
+from lightlib.packing import whole_bytes
 from lightlib.sparsity.layouts import SparseWeight, bits_for
 from lightlib.sparsity.masks import pattern
 
@@ -66,11 +67,11 @@ def _blank(shape: tuple[int, int], layout: str, kept: int, dtype: str) -> Sparse
     """Tensors of the right shapes, still to be filled."""
     tensors = {"values": torch.zeros(kept, dtype=getattr(torch, dtype))}
     if layout == "bitmap":
-        tensors["bitmap"] = torch.zeros(-(-shape[0] * shape[1] // 8), dtype=torch.uint8)
+        tensors["bitmap"] = torch.zeros(whole_bytes(shape[0] * shape[1], 1) // 8, dtype=torch.uint8)
     elif layout == "csr":
         tensors["starts"] = torch.zeros(shape[0] + 1, dtype=torch.int32)
         tensors["columns"] = torch.zeros(kept, dtype=torch.int32)
     else:
-        bits = kept * bits_for(pattern(layout)[1])
-        tensors["positions"] = torch.zeros(-(-bits // 8), dtype=torch.uint8)
+        bits = whole_bytes(kept, bits_for(pattern(layout)[1]))
+        tensors["positions"] = torch.zeros(bits // 8, dtype=torch.uint8)
     return SparseWeight(layout, shape, tensors)

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lightlib.quantization.grid import Int, pack, unpack
+from lightlib.packing import pack, unpack
+from lightlib.quantization.grid import Int
 
 GRIDS = [
     Int(b, group_size=g, symmetric=s, float_zero=f)

@@ -3,7 +3,7 @@ import torch
 
 from lightlib import load, save
 from lightlib.cost import size
-from lightlib.sparsity.layouts import as_bits, bits_of, encode, layout_bits, packed, smallest, unpacked
+from lightlib.sparsity.layouts import encode, layout_bits, smallest
 from lightlib.sparsity.linear import SparseLinear
 from lightlib.sparsity.magnitude import magnitude
 from lightlib.sparsity.masks import mask_of
@@ -59,18 +59,6 @@ def test_the_smallest_layout_is_csr_only_where_little_is_left():
     W = some_weight((64, 256))
     assert smallest(mask_of(W.abs(), 0.90, "layer"), 16) == "bitmap"
     assert smallest(mask_of(W.abs(), 0.99, "layer"), 16) == "csr"
-
-
-@pytest.mark.parametrize("bits", [1, 2, 3, 8])
-def test_packed_numbers_come_back_without_gaps(bits):
-    numbers = torch.arange(101) % 2**bits
-    stored = packed(numbers, bits)
-    assert stored.numel() == -(-101 * bits // 8) and torch.equal(unpacked(stored, bits, 101), numbers)
-
-
-def test_bits_lie_lowest_first():
-    mask = torch.tensor([[True, False, True], [False, False, True]])
-    assert as_bits(mask).tolist() == [0b100101] and torch.equal(bits_of(as_bits(mask), (2, 3)), mask)
 
 
 def test_a_layer_multiplies_what_it_stores_and_its_values_learn_within_the_mask():
