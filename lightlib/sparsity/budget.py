@@ -1,0 +1,58 @@
+"""One sparsity a layer: more where little is lost, with the share of zeros over all layers as asked for."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lightlib.calibration import SquaredNorm, stream_blocks
+from lightlib.change import changing
+from lightlib.sparsity.wanda import wanda_score
+
+
+def outlier_share(scores: Tensor, times: float) -> float:
+    """The share of the scores (any shape) that exceed `times` their mean."""
+    return (scores > times * scores.mean()).float().mean().item()
+
+
+def spread(shares: list[float], sizes: list[int], sparsity: float, band: float) -> list[float]:
+    """A sparsity for each part: `band` lower where the outlier share is largest, `band` higher where it is
+    least, their mean weighted by the parts' sizes as asked for."""
+    low, high = min(shares), max(shares)
+    keep = [2 * band * (share - low) / max(high - low, 1e-12) for share in shares]
+    mean = sum(k * n for k, n in zip(keep, sizes, strict=True)) / sum(sizes)
+    return [sparsity + mean - k for k in keep]
+
+
+def owl(
+    model: nn.Module,
+    batches: list[Tensor],
+    *,
+    sparsity: float = 0.5,
+    times: float = 5.0,
+    band: float = 0.08,
+    device=None,
+    progress: bool = True,
+) -> dict[str, float]:
+    """{layer: sparsity} for any method's `sparsity=`: blocks with more outliers keep more of their weights.
+
+    Outliers: weights whose Wanda score exceeds `times` the mean of their layer. All layers of a block get one
+    sparsity, at most 2 `band` apart. Yin et al. 2023, arXiv:2310.05175 (OWL: times 5 or 7, band 0.08).
+    Raises ValueError without batches, and where sparsity and band reach beyond 0 or 1.
+    """
+    if not batches:
+        raise ValueError("owl needs batches to see the layers' inputs")
+    if not 2 * band <= sparsity < 1 - 2 * band:
+        raise ValueError(f"sparsity={sparsity}, band={band}: blocks could leave 0 to 1; narrow the band")
+    names, shares, sizes = [], [], []
+    with changing(model, inplace=False) as copy:
+        for block in stream_blocks(copy, batches, device=device, progress=progress, title="owl"):
+            parts = {name: part for name, part in block.linears.items() if isinstance(part, nn.Linear)}
+            norms = block.collect(SquaredNorm, of=tuple(parts))
+            scores = {name: wanda_score(part.weight, norms[name].value) for name, part in parts.items()}
+            count = sum(part.weight.numel() for part in parts.values())
+            found = sum(outlier_share(s, times) * s.numel() for s in scores.values()) / count
+            names.append([f"{block.name}.{name}" for name in parts])
+            shares.append(found)
+            sizes.append(count)
+    each = spread(shares, sizes, sparsity, band)
+    return {name: share for block, share in zip(names, each, strict=True) for name in block}
