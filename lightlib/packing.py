@@ -23,8 +23,9 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     """The codes (uint8) of `shape` that `pack` laid side by side."""
     if bits == 8:
         flat = packed
-    elif bits == 4:
-        flat = torch.stack([packed & 15, packed >> 4], 1).flatten()
+    elif bits in (1, 2, 4):
+        places = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        flat = (packed[:, None] >> places & 2**bits - 1).flatten()
     else:
         word = (packed.view(-1, bits).long() << torch.arange(0, 8 * bits, 8, device=packed.device)).sum(
             1, keepdim=True

@@ -44,14 +44,20 @@ class SparseWeight:
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(out, in), zeros where nothing is stored. Gradients reach the values."""
-        values = self.tensors["values"].to(dtype).flatten()
+        values = self.tensors["values"].to(dtype)
+        if self.layout == "bitmap":
+            return values.new_zeros(self.shape).masked_scatter(self.mask(), values)
         return values.new_zeros(self.shape).view(-1).index_put((self._places(),), values).view(self.shape)
+
+    def times(self, x: Tensor) -> Tensor:
+        """x (tokens, in) W^T -> (tokens, out) for the layout "csr", without building W."""
+        starts, columns, values = (self.tensors[key] for key in ("starts", "columns", "values"))
+        W = torch.sparse_csr_tensor(starts, columns, values.detach(), self.shape)
+        return (W @ x.T).T
 
     def _places(self) -> Tensor:
         """The place of each value in the weight read row by row: int64 (kept)."""
         n_out, n_in = self.shape
-        if self.layout == "bitmap":
-            return self.mask().view(-1).nonzero().view(-1)
         if self.layout == "csr":
             starts = self.tensors["starts"].long()
             rows = torch.arange(n_out, device=starts.device).repeat_interleave(starts.diff())

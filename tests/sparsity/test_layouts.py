@@ -100,3 +100,29 @@ def test_the_bytes_on_disk_and_in_memory_are_those_of_the_formula(llama, tmp_pat
     again = load(tmp_path / "light")
     name = report.rows[0].name
     assert torch.equal(again.get_submodule(name).dense(), light.get_submodule(name).dense())
+
+
+def test_a_csr_layer_multiplies_its_values_themselves_and_says_when_that_pays(monkeypatch):
+    W, bias = some_weight((64, 96)), torch.randn(64)
+    mask = mask_of(W.abs(), 0.97, "layer")
+    layer = SparseLinear(encode(W, mask, "csr"), bias)
+    x = torch.randn(2, 3, 96)
+    expected = x @ (W * mask).T + bias
+    with monkeypatch.context() as broken:
+        broken.setattr(SparseLinear, "dense", None)  # nothing is decoded
+        torch.testing.assert_close(layer(x), expected)
+    many = torch.randn(500, 96)
+    torch.testing.assert_close(layer(many), many @ (W * mask).T + bias)
+    cpu = torch.device("cpu")
+    monkeypatch.setattr("lightlib.sparsity.linear.csr_gain", lambda *_: 2.0)
+    assert layer.fast_path(torch.float32, cpu) == ("aten::_sparse_csr_mm", "")
+    monkeypatch.setattr("lightlib.sparsity.linear.csr_gain", lambda *_: 0.5)
+    path, reason = layer.fast_path(torch.float32, cpu)
+    assert not path and reason == "at 97% zeros a CSR product takes 2.0 times a dense one for a token"
+    assert "csr in bfloat16" in layer.fast_path(torch.bfloat16, cpu)[1]
+
+
+def test_the_fewer_values_stay_the_more_csr_gains():
+    from lightlib.sparsity.linear import csr_gain
+
+    assert csr_gain(1024, 1024, 0.01, 1) > csr_gain(1024, 1024, 0.5, 1)
