@@ -95,7 +95,7 @@ KEYS = {"bitmap": ("values", "bitmap"), "csr": ("values", "starts", "columns")}
 
 @lru_cache(maxsize=256)
 def csr_gain(n_out: int, n_in: int, density: float, threads: int) -> float:
-    """How many times as fast as a dense product a CSR one is on this CPU, for one token, float32; measured."""
+    """How many times as fast as a dense product a CSR one is here, for a token in float32; measured."""
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(n_out, n_in, generator=generator)
     mask = torch.rand(n_out, n_in, generator=generator) < density
