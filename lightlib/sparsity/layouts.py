@@ -4,6 +4,9 @@
 | "bitmap" | one bit for each weight, kept or not |
 | "csr" | 32 bits for each value (its column) and for each row |
 | "n:m" | ceil(log2 m) bits for each value: its place in its group |
+| "csl" | 16 bits for each value (its place in a tile of 128 x 64) and 32 for each tile; only counted here |
+
+"csl" is Flash-LLM's, Xia et al. 2023, arXiv:2309.10285.
 """
 
 from __future__ import annotations
@@ -93,6 +96,8 @@ def layout_bits(layout: str, shape: tuple[int, int], kept: int, value_bits: int)
         return kept * value_bits + whole_bytes(n_out * n_in, 1)
     if layout == "csr":
         return kept * (value_bits + 32) + 32 * (n_out + 1)
+    if layout == "csl":
+        return kept * (value_bits + 16) + 32 * (ceil(n_out / 128) * ceil(n_in / 64) + 1)
     return kept * value_bits + whole_bytes(kept, bits_for(pattern(layout)[1]))
 
 
