@@ -1,0 +1,93 @@
+"""Recovery: a short fine-tuning of what compression has left, with every mask as it is.
+
+Han et al. 2015, arXiv:1506.02626: score, prune, fine-tune.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lightlib.change import changing
+from lightlib.decoder import find_blocks
+from lightlib.quality import device_of
+from lightlib.report import Compressed, Report
+
+
+def recover(
+    model: nn.Module,
+    batches: list[Tensor],
+    *,
+    steps: int = 100,
+    lr: float = 1e-4,
+    watch: Callable[[int, float], None] = lambda step, loss: None,
+    progress: bool = True,
+    inplace: bool = False,
+) -> Compressed:
+    """Train the blocks' parameters on `batches` for `steps` batches: AdamW, learning rate down a cosine to 0.
+
+    Sparse layers train the values they store, so their zeros stay; packed codes, the embedding and the head
+    stay as they are. watch: called with each step and its loss (mean nll, nats). Use it as a step of
+    `compress`; the report has no rows, since no layer changes its size. Raises ValueError without batches,
+    for half-precision parameters, whose small updates would be lost, and where nothing can be trained.
+    """
+    if not batches:
+        raise ValueError("recover needs batches to train on")
+    with changing(model, inplace) as light:
+        weights = [p for block in find_blocks(light).values() for p in block.parameters()]
+        if not weights:
+            raise ValueError(
+                "the blocks have no parameters left to train: all of their weights are packed codes"
+            )
+        if any(p.dtype != torch.float32 for p in weights):
+            raise ValueError(
+                f"parameters in {str(weights[0].dtype)[6:]} lose small updates; train in float32"
+            )
+        before = [(p, p.detach().clone(), p.requires_grad) for p in weights]
+        try:
+            train(light, weights, batches, steps, lr, watch, progress)
+        except BaseException:
+            for p, value, _ in before:
+                p.detach().copy_(value)
+            raise
+        finally:
+            for p, _, wanted in before:
+                p.requires_grad_(wanted)
+                p.grad = None
+    return Compressed(light, Report(()))
+
+
+@torch.enable_grad()
+def train(light, weights, batches, steps, lr, watch, progress) -> None:
+    """Only `weights` learn; dropout stays off, so that the same call gives the same result."""
+    others = [p for p in light.parameters() if p.requires_grad]
+    for p in others:
+        p.requires_grad_(False)
+    for p in weights:
+        p.requires_grad_(True)
+    try:
+        optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+        for step in tqdm(range(steps), desc="recover", unit="step", disable=not progress):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+            loss = next_token_loss(light, batches[step % len(batches)])
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            watch(step, loss.item())
+    finally:
+        for p in others:
+            p.requires_grad_(True)
+
+
+def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """Mean negative log-likelihood (nats) of each token of ids (batch, length) after the first."""
+    ids = ids.to(device_of(model))
+    logits = model(ids, use_cache=False).logits[:, :-1].float()
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
