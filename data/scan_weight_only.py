@@ -2,16 +2,13 @@
 
     python data/scan_weight_only.py      # an hour on one idle CPU core; writes data/weight_only.json
 
-Each point is one whole run of a method on smollm2-135m. The file is written after every point, and a scan
-that was stopped goes on where it ended. Lesson 03 draws the points; its explorer reads them.
+Each point is one whole run of a method on smollm2-135m. Lesson 03 draws the points; its explorer reads them.
 """
 
-import argparse
-import json
 import time
 from pathlib import Path
 
-import torch
+from scanning import scan
 
 from lightlib.measure import perplexity, size
 from lightlib.quantization.awq import awq
@@ -19,20 +16,11 @@ from lightlib.quantization.float_grids import FP8, NF4
 from lightlib.quantization.gptq import gptq
 from lightlib.quantization.grid import Int
 from lightlib.quantization.rtn import rtn
-from lightlib.zoo import batches, load_model, load_text
 
-FILE = Path(__file__).with_name("weight_only.json")
 GRIDS = {"Int": Int, "NF4": NF4, "FP8": FP8}
 METHODS = {"rtn": rtn, "gptq": gptq, "awq": awq}
 GROUPS = (64, None, 192, 32)  # None: one scale a row; 576 inputs are no multiple of 128
 ORDERED = {"act_order": True, "static_groups": True}
-SETTINGS = {
-    "model": "smollm2-135m",
-    "dtype": "float32",
-    "text": "prose",
-    "calibration": {"split": "calibration", "n": 16, "length": 512},
-    "test": {"split": "test", "n": 6, "length": 512},
-}
 
 
 def plan() -> list[dict]:
@@ -78,46 +66,5 @@ def measure(model, calibration: list, tests: list, point: dict) -> dict:
     }
 
 
-def windows(tokenizer, split: str, n: int, length: int) -> list:
-    return batches(tokenizer, load_text(SETTINGS["text"], split=split), n=n, length=length)
-
-
-def settings_of(point: dict) -> dict:
-    return {key: point[key] for key in ("method", "grid", "bits", "group_size", "knobs")}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--file", type=Path, default=FILE)
-    parser.add_argument("--most", type=int, help="stop after so many new points")
-    flags = parser.parse_args()
-
-    model, tokenizer = load_model(SETTINGS["model"])
-    calibration, tests = (windows(tokenizer, **SETTINGS[part]) for part in ("calibration", "test"))
-    if flags.file.is_file():
-        scan = json.loads(flags.file.read_text())
-        if scan["settings"] != SETTINGS:
-            raise SystemExit(f"{flags.file} was made with other settings; move it away to begin anew")
-    else:
-        dense = {"perplexity": perplexity(model, tests), "stored_bytes": size(model).stored_bytes}
-        scan = {
-            "command": "python data/scan_weight_only.py",
-            "settings": SETTINGS,
-            "torch": torch.__version__.partition("+")[0],
-            "threads": torch.get_num_threads(),
-            "dense": dense,
-            "points": [],
-        }
-    done = [settings_of(point) for point in scan["points"]]
-    for one in [point for point in plan() if point not in done][: flags.most]:
-        scan["points"].append(measure(model, calibration, tests, one))
-        lines = ",\n".join(f"  {json.dumps(point)}" for point in scan["points"])
-        head = json.dumps({key: part for key, part in scan.items() if key != "points"}, indent=1)[:-2]
-        flags.file.write_text(f'{head},\n "points": [\n{lines}\n ]\n}}\n')
-        print(scan["points"][-1], flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    scan(__doc__, Path(__file__), plan(), measure)

@@ -1,6 +1,9 @@
 """Tiny random models of every family, and where the real one is."""
 
+import importlib
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,6 +74,15 @@ def inputs_of(layer, model, batches) -> torch.Tensor:
         model(ids)
     hook.remove()
     return torch.cat(seen)
+
+
+def data_script(name: str):
+    """The script data/`name`.py as a module."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
 
 
 @pytest.fixture(params=CONFIGS)

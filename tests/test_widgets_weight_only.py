@@ -1,9 +1,7 @@
 """The explorers of lesson 03: equal to the library's own results, consistent with the scan, and quick."""
 
-import importlib.util
 import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,9 +28,8 @@ from lightlib.widgets.weight_only_explorer import (
     weight_only_explorer,
 )
 from lightlib.zoo import load_model
+from tests.conftest import data_script
 from tests.test_widgets import redraws
-
-ROOT = Path(__file__).parents[1]
 
 
 def layer(n_out=96, n_in=192, seed=0):
@@ -187,23 +184,18 @@ def test_exponent_zero_is_rounding_to_nearest_and_strong_channels_are_stretched(
 
 
 # the scan and its explorer
-def script():
-    spec = importlib.util.spec_from_file_location("scan_weight_only", ROOT / "data" / "scan_weight_only.py")
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
 def test_the_scan_has_every_point_of_its_plan_once():
-    made, found = script(), scan()
-    assert found["settings"] == made.SETTINGS
-    measured = [json.dumps(made.settings_of(point), sort_keys=True) for point in found["points"]]
+    made, found = data_script("scan_weight_only"), scan()
+    assert found["settings"] == data_script("scanning").SETTINGS
+    measured = [
+        json.dumps({key: point[key] for key in made.plan()[0]}, sort_keys=True) for point in found["points"]
+    ]
     planned = [json.dumps(point, sort_keys=True) for point in made.plan()]
     assert sorted(measured) == sorted(planned) and len(set(planned)) == len(planned)
 
 
 def test_bytes_and_bits_of_the_scan_are_those_of_quant_linear():
-    made, width, heads, hidden = script(), 576, 192, 1536
+    made, width, heads, hidden = data_script("scan_weight_only"), 576, 192, 1536
     shapes = [(width, width)] * 2 + [(heads, width)] * 2 + [(hidden, width)] * 2 + [(width, hidden)]
     weights = 30 * sum(a * b for a, b in shapes)
     dense = scan()["dense"]["stored_bytes"] - 4 * weights
@@ -237,11 +229,11 @@ def test_the_scan_says_what_theory_says():
 
 @pytest.mark.model
 def test_a_point_of_the_scan_comes_out_again():
-    made = script()
-    model, tokenizer = load_model(made.SETTINGS["model"])
-    tests = made.windows(tokenizer, **made.SETTINGS["test"])
+    made, scanning = data_script("scan_weight_only"), data_script("scanning")
+    model, tokenizer = load_model(scanning.SETTINGS["model"])
+    tests = scanning.windows(tokenizer, **scanning.SETTINGS["test"])
     kept = next(p for p in scan()["points"] if title(p) == "RTN, 4 bits, group 64")
-    again = made.measure(model, None, tests, made.settings_of(kept))
+    again = made.measure(model, None, tests, {key: kept[key] for key in made.plan()[0]})
     assert {k: again[k] for k in ("linear_bytes", "stored_bytes", "bits_per_weight")} == {
         k: kept[k] for k in ("linear_bytes", "stored_bytes", "bits_per_weight")
     }
