@@ -65,11 +65,10 @@ class SparseLinear(CompactLinear):
         return "aten::_sparse_csr_mm", ""
 
     def forward(self, x: Tensor) -> Tensor:
-        learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        if x.is_cuda or x.dtype != torch.float32 or set(self.layouts) != {"csr"} or learning:
-            return super().forward(x)
         flat = x.reshape(-1, self.in_features)
-        if len(flat) > FEW:
+        learning = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.parameters()))
+        csr = set(self.layouts) == {"csr"} and x.dtype == torch.float32 and not x.is_cuda
+        if not csr or learning or len(flat) > FEW:
             return super().forward(x)
         y = sum(part.times(flat) for part in self.parts())
         y = y if self.bias is None else y + self.bias

@@ -111,6 +111,9 @@ def test_a_csr_layer_multiplies_its_values_themselves_and_says_when_that_pays(mo
     with monkeypatch.context() as broken:
         broken.setattr(SparseLinear, "dense", None)  # nothing is decoded
         torch.testing.assert_close(layer(x), expected)
+    x.requires_grad_(True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, (W * mask).sum(0).expand_as(x))
     many = torch.randn(500, 96)
     torch.testing.assert_close(layer(many), many @ (W * mask).T + bias)
     cpu = torch.device("cpu")
