@@ -6,31 +6,17 @@ al. 2019 (HAQ, arXiv:1811.08886); the bits are then spent where they save most.
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightlib.calibration import starting_at, stream_blocks
+from lightlib.calibration import Block
 from lightlib.change import changing
 from lightlib.cost import size
-from lightlib.decoder import find_blocks, linears
-from lightlib.quality import device_of
 from lightlib.quantization.grid import Int
 from lightlib.report import table
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Layers on one grid: the bits they take in a file, and how far they alone move the model (KL, nats)."""
-
-    names: tuple[str, ...]
-    grid: Int
-    stored_bits: int
-    loss: float
+from lightlib.sensitivity import Choice, dense_linears, sensitivity, spend
 
 
 @dataclass(frozen=True)
@@ -75,124 +61,31 @@ def plan(
     """
     grids = [Int(b, group_size, symmetric) for b in sorted(bits)]
     with changing(model, inplace=False) as copy:
-        parts = dense_linears(copy)
-        outside = (size(copy).stored_bytes - sum(part.weight.nbytes for part in parts)) * 8
+        weights = [part.weight for part in dense_linears(copy).values()]
+        outside = (size(copy).stored_bytes - sum(W.nbytes for W in weights)) * 8
         room = int(budget_bytes * 8) - outside
-        needed = [sum(grid.stored_bits(*part.weight.shape) for part in parts) for grid in grids]
-        finest = max((i for i, stored in enumerate(needed) if stored <= room), default=0)
-        scan = sensitivity(copy, batches, grids, grids[finest], progress)
+        needed = [sum(grid.stored_bits(*W.shape) for W in weights) for grid in grids]
+        if needed[0] > room:
+            raise ValueError(
+                f"the fewest bits in every layer exceed the budget by {(needed[0] - room) / 8e6:.2f} MB; "
+                "raise budget_bytes by as much, allow fewer bits, or take larger groups"
+            )
+        # the finest grid that all layers can have is the one that is measured
+        probe = max(zip(needed, grids, strict=True), key=lambda pair: pair[0] * (pair[0] <= room))[1]
+        scan = sensitivity(
+            copy, batches, grids, probe, rounding, lambda shape, grid: grid.stored_bits(*shape),
+            progress=progress, title="plan",
+        )  # fmt: skip
     chosen = spend(scan, room)
-    total = sum(c.stored_bits for c in chosen.values()) + outside
+    total = sum(c.cost for c in chosen.values()) + outside
     return Plan(
-        {name: c.grid for c in chosen.values() for name in c.names},
+        {name: c.setting for c in chosen.values() for name in c.names},
         total // 8,
         sum(c.loss for c in chosen.values()),
         tuple(c for choices in scan.values() for c in choices),
     )
 
 
-def sensitivity(
-    model: nn.Module, batches: list[Tensor], grids: list[Int], probe: Int, progress: bool = True
-) -> dict[str, list[Choice]]:
-    """{stage: a Choice for each grid}. The model's own weights are swapped and put back.
-
-    Each stage of each block is rounded alone to `probe`, one of the grids, and the divergence from the dense
-    model is measured. That is quadratic in small changes of weights, so for other grids it is taken to grow
-    with the squared distance they move them: measuring each grid would mostly measure the luck of rounding.
-    """
-    reference, found = [log_probabilities(model, ids) for ids in batches], {}
-    for block in stream_blocks(model, batches, progress=progress, title="plan"):
-        with starting_at(model, block):
-            for stage in block.stages:
-                parts = {f"{block.name}.{name}": block.linears[name] for name in stage}
-                moved = {grid: moved_by(parts, grid) for grid in grids}
-                with rounded(parts, probe):
-                    loss = divergence_from(reference, model, batches) / max(moved[probe], 1e-12)
-                found[f"{block.name}.{stage[0]}"] = [
-                    Choice(
-                        tuple(parts),
-                        grid,
-                        sum(grid.stored_bits(*part.weight.shape) for part in parts.values()),
-                        loss * moved[grid],
-                    )
-                    for grid in grids
-                ]
-    return found
-
-
-@contextmanager
-def rounded(parts: dict[str, nn.Linear], grid: Int) -> Iterator[None]:
-    """While it lasts, these layers' weights lie on the grid."""
-    before = {name: part.weight.data for name, part in parts.items()}
-    try:
-        for name, part in parts.items():
-            part.weight.data = grid.encode(part.weight, name).dense(part.weight.dtype)
-        yield
-    finally:
-        for name, part in parts.items():
-            part.weight.data = before[name]
-
-
-def moved_by(parts: dict[str, nn.Linear], grid: Int) -> float:
-    """||W - W'||^2 over all of these layers."""
-    weights = (part.weight.detach().float() for part in parts.values())
-    return sum((W - grid.rounded(W)).square().sum().item() for W in weights)
-
-
-def log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
-    """Of each predicted token: (batch, length - 1, vocabulary) in float32."""
-    return model(ids.to(device_of(model)), use_cache=False).logits[:, :-1].float().log_softmax(-1)
-
-
-def divergence_from(reference: list[Tensor], model: nn.Module, batches: list[Tensor]) -> float:
-    """Mean over all predicted tokens of KL(reference || model), in nats."""
-    total = sum(
-        F.kl_div(log_probabilities(model, ids), dense, log_target=True, reduction="sum").item()
-        for dense, ids in zip(reference, batches, strict=True)
-    )
-    return max(total, 0.0) / sum(dense[..., 0].numel() for dense in reference)
-
-
-def spend(scan: dict[str, list[Choice]], budget_bits: int) -> dict[str, Choice]:
-    """One Choice a layer within the budget: again and again the step up that lowers the loss most a bit."""
-    chosen = dict.fromkeys(scan, 0)
-    left = budget_bits - sum(choices[0].stored_bits for choices in scan.values())
-    if left < 0:
-        raise ValueError(
-            f"the fewest bits in every layer exceed the budget by {-left / 8e6:.2f} MB; raise budget_bytes "
-            "by as much, allow fewer bits, or take larger groups"
-        )
-    steps = [step for key, choices in scan.items() for step in _best_step(key, choices, 0, left)]
-    heapq.heapify(steps)
-    while steps:
-        _, key, to = heapq.heappop(steps)
-        cost = scan[key][to].stored_bits - scan[key][chosen[key]].stored_bits
-        if cost <= left:
-            left -= cost
-            chosen[key] = to
-        for step in _best_step(key, scan[key], chosen[key], left):
-            heapq.heappush(steps, step)
-    return {key: scan[key][i] for key, i in chosen.items()}
-
-
-def _best_step(key: str, choices: list[Choice], at: int, left: int) -> list[tuple[float, str, int]]:
-    """[(-loss saved a bit, key, where to)] of the steepest way up from choice `at`, or [] if none fits."""
-    here, steps = choices[at], []
-    for i, up in enumerate(choices[at + 1 :], at + 1):
-        cost = up.stored_bits - here.stored_bits
-        if cost <= left:
-            steps.append(((up.loss - here.loss) / cost, key, i))
-    return [min(steps)] if steps else []
-
-
-def dense_linears(model: nn.Module) -> list[nn.Linear]:
-    """The blocks' linear layers. Raises ValueError where one is compressed already."""
-    found = []
-    for block, module in find_blocks(model).items():
-        for name, part in linears(module).items():
-            if not isinstance(part, nn.Linear):
-                raise ValueError(
-                    f"{block}.{name} is a {type(part).__name__} already; plan on the dense model"
-                )
-            found.append(part)
-    return found
+def rounding(block: Block) -> Callable[[str, nn.Linear, Int], Tensor]:
+    """What rounding a layer of this block to a grid makes of its weight."""
+    return lambda name, part, grid: grid.encode(part.weight, f"{block.name}.{name}").dense()

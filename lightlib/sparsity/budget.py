@@ -2,11 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
-from lightlib.calibration import SquaredNorm, stream_blocks
+from lightlib.calibration import Block, SquaredNorm, stream_blocks
 from lightlib.change import changing
+from lightlib.sensitivity import dense_linears, sensitivity, spend
+from lightlib.sparsity.masks import keep_largest
 from lightlib.sparsity.wanda import wanda_score
+
+LEVELS = tuple(level / 20 for level in range(20))  # 0 to 0.95
+
+
+def sensitive(
+    model: nn.Module,
+    batches: list[Tensor],
+    *,
+    sparsity: float = 0.5,
+    levels: tuple[float, ...] = LEVELS,
+    progress: bool = True,
+) -> dict[str, float]:
+    """{layer: sparsity} for any method's `sparsity=`: zeros where they move the model least, by a scan.
+
+    Layers that read one input share a sparsity, one of `levels`. Each of these stages is pruned alone, as
+    Wanda does, and the divergence from the dense model measured (see sensitivity.py); a few hundred tokens
+    are enough. Raises ValueError without batches, and for a sparsity above all levels.
+    """
+    if not batches:
+        raise ValueError("sensitive needs batches to see how far the model moves")
+    if not 0 <= sparsity <= max(levels):
+        raise ValueError(f"sparsity={sparsity}: the levels reach from 0 to {max(levels)}")
+    falling = sorted(levels, reverse=True)  # costs, the weights that stay, rise
+
+    def pruning(block: Block) -> Callable[[str, nn.Linear, float], Tensor]:
+        norms = block.collect(SquaredNorm)
+        scores = {name: wanda_score(part.weight, norms[name].value) for name, part in block.linears.items()}
+        return lambda name, part, level: part.weight.detach() * keep_largest(scores[name], level)
+
+    with changing(model, inplace=False) as copy:
+        count = sum(part.weight.numel() for part in dense_linears(copy).values())
+        scan = sensitivity(
+            copy, batches, falling, min(levels, key=lambda level: abs(level - sparsity)), pruning,
+            lambda shape, level: shape[0] * (shape[1] - int(shape[1] * level + 1e-6)),
+            progress=progress, title="sensitive",
+        )  # fmt: skip
+    chosen = spend(scan, round(count * (1 - sparsity)))
+    return {name: choice.setting for choice in chosen.values() for name in choice.names}
 
 
 def outlier_share(scores: Tensor, times: float) -> float:

@@ -7,8 +7,9 @@ import torch
 from lightlib.measure import divergence, size
 from lightlib.quantization.gptq import gptq
 from lightlib.quantization.grid import Int
-from lightlib.quantization.plan import Choice, dense_linears, plan, spend
+from lightlib.quantization.plan import plan
 from lightlib.quantization.rtn import rtn
+from lightlib.sensitivity import Choice, dense_linears, spend
 from tests.conftest import random_model
 
 KNOBS = dict(group_size=16, bits=(2, 3, 4, 8), progress=False)
@@ -28,8 +29,8 @@ def test_the_budget_is_met_from_below_until_no_layer_can_have_more(model, calib,
     left = (budget - found.stored_bytes) * 8
     for choices in itertools.groupby(found.scan, key=lambda choice: choice.names):
         options = list(choices[1])
-        here = next(c.stored_bits for c in options if c.grid == found.grids[c.names[0]])
-        more = [c.stored_bits - here for c in options if c.stored_bits > here]
+        here = next(c.cost for c in options if c.setting == found.grids[c.names[0]])
+        more = [c.cost - here for c in options if c.cost > here]
         assert left >= 0 and all(left < cost for cost in more), "a layer could have had more bits"
 
 
@@ -59,7 +60,7 @@ def test_the_loss_is_the_divergence_with_that_layer_alone_rounded_and_grows_with
     # the finest grid that all layers can have is measured
     found = plan(llama, calib, budget_bytes=stored(llama, 4) + 10, **KNOBS)
     layer, names = llama.model.layers[1].mlp.down_proj, ("model.layers.1.mlp.down_proj",)
-    choices = {c.grid.bits: c for c in found.scan if c.names == names}
+    choices = {c.setting.bits: c for c in found.scan if c.names == names}
     light = copy.deepcopy(llama)
     light.model.layers[1].mlp.down_proj.weight.data = Int(4, group_size=16).encode(layer.weight).dense()
     assert choices[4].loss == pytest.approx(divergence(light, llama, calib).mean_kl, rel=1e-3)
@@ -82,9 +83,7 @@ def test_spending_finds_the_best_of_all_choices_where_steps_cost_the_same():
             Choice((name,), Int(b), 10 * b, loss) for b, loss in zip((2, 3, 4), losses, strict=True)
         ]
     for budget in range(80, 165, 10):
-        combinations = [
-            c for c in itertools.product(*scan.values()) if sum(x.stored_bits for x in c) <= budget
-        ]
+        combinations = [c for c in itertools.product(*scan.values()) if sum(x.cost for x in c) <= budget]
         best = min(sum(x.loss for x in c) for c in combinations)
         assert sum(c.loss for c in spend(scan, budget).values()) == pytest.approx(best)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lightlib.decoder import find_blocks, linear_shapes
-from lightlib.sparsity.budget import outlier_share, owl, spread
+from lightlib.sparsity.budget import outlier_share, owl, sensitive, spread
 from lightlib.sparsity.wanda import wanda
 
 
@@ -39,3 +39,29 @@ def test_what_cannot_be_is_refused(llama, calib):
     for sparsity in (0.05, 0.9):
         with pytest.raises(ValueError, match="narrow the band"):
             owl(llama, calib, sparsity=sparsity, progress=False)
+
+
+def test_the_scan_spends_zeros_where_they_hurt_least(model, calib):
+    found = sensitive(model, calib, sparsity=0.5, levels=(0.25, 0.5, 0.75), progress=False)
+    assert set(found) == {f"{b}.{n}" for b, m in find_blocks(model).items() for n in linear_shapes(m)}
+    light, report = wanda(model, calib, sparsity=found, progress=False)
+    zeros = sum((~light.get_submodule(r.name).mask()).sum().item() for r in report)
+    # from above: what is left of the budget no layer could use
+    assert 0.5 <= zeros / sum(r.shape[0] * r.shape[1] for r in report) < 0.56
+
+
+def test_the_scan_leaves_the_weights_of_the_layer_that_matters(llama, calib):
+    with torch.no_grad():
+        llama.model.layers[1].mlp.down_proj.weight.mul_(1e-3)
+        llama.model.layers[0].mlp.down_proj.weight.mul_(8)
+    before = {name: t.clone() for name, t in llama.state_dict().items()}
+    found = sensitive(llama, calib, sparsity=0.5, levels=(0.25, 0.5, 0.75), progress=False)
+    assert found["model.layers.0.mlp.down_proj"] == 0.25 < found["model.layers.1.mlp.down_proj"] == 0.75
+    assert all(torch.equal(t, before[name]) for name, t in llama.state_dict().items())
+
+
+def test_a_sparsity_beyond_the_levels_is_refused(llama, calib):
+    with pytest.raises(ValueError, match=r"sparsity=0.9: the levels reach from 0 to 0.75"):
+        sensitive(llama, calib, sparsity=0.9, levels=(0.25, 0.75), progress=False)
+    with pytest.raises(ValueError, match="sensitive needs batches"):
+        sensitive(llama, [], progress=False)
