@@ -52,12 +52,13 @@ def sensitivity(
         with starting_at(model, block):
             for stage in block.stages:
                 parts = {name: block.linears[name] for name in stage}
-                weights = {
-                    s: {name: changed(name, part, s) for name, part in parts.items()} for s in settings
-                }
-                moved = {s: moved_by(parts, made) for s, made in weights.items()}
-                with swapped(parts, weights[probe]):
-                    loss = divergence_from(reference, model, batches) / max(moved[probe], 1e-12)
+                moved = {}
+                for setting in settings:
+                    weights = {name: changed(name, part, setting) for name, part in parts.items()}
+                    moved[setting] = moved_by(parts, weights)
+                    if setting == probe:
+                        with swapped(parts, weights):
+                            loss = divergence_from(reference, model, batches) / max(moved[probe], 1e-12)
                 names = tuple(f"{block.name}.{name}" for name in stage)
                 shapes = [tuple(part.weight.shape) for part in parts.values()]
                 found[names[0]] = [
