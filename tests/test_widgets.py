@@ -1,8 +1,6 @@
 """Explorers: right at their limits, drawn once a setting, quick, and readable without a kernel."""
 
 import base64
-import os
-import time
 
 import ipywidgets as W
 import pytest
@@ -31,6 +29,7 @@ from lightlib.widgets.outlier_injector import (
     spoilt_errors,
 )
 from lightlib.widgets.plots import bars, frontier, pareto, roofline
+from tests.explorers import is_the_same_twice, redraws_within_200_ms
 
 
 def matrix(n_out=576, n_in=576):
@@ -149,61 +148,14 @@ def test_a_preset_sets_its_controls_and_a_control_moved_leaves_it():
 
 # every explorer
 @every_explorer
-def test_two_of_a_kind_are_equal_byte_by_byte(make):
-    one, other = make(), make()
-    assert repr(one) == repr(other) and one._png == other._png
-    assert "0x" not in repr(one) and "\n" not in repr(one)
-
-
-@every_explorer
-def test_every_control_has_a_description_that_is_wide_enough(make):
-    for control in make().controls.values():
-        assert 7 * len(control.description) < float(control.style.description_width.removesuffix("px"))
-
-
-def settings(control) -> list:
-    """Up to 7 values of a control, from one end to the other."""
-    if isinstance(control, W.Checkbox):
-        return [not control.value, control.value]
-    if hasattr(control, "options"):
-        listed = [o[1] if isinstance(o, tuple) else o for o in control.options]
-        return listed[:: max(1, len(listed) // 6)]
-    steps = round((control.max - control.min) / control.step)
-    places = [round(i * steps / min(steps, 6)) for i in range(min(steps, 6) + 1)]
-    return [control.min + place * control.step for place in places]
-
-
-def redraws(ex: Explorer) -> list[tuple[float, float]]:
-    """(elapsed, own CPU) ms from a control's move until the new picture is ready, for all controls."""
-    times = []
-    for name, control in ex.controls.items():
-        home = control.value
-        for value in settings(control):
-            if value == control.value:
-                continue
-            drawn, begin, busy = ex.renders, time.perf_counter(), time.thread_time()
-            control.value = value
-            times.append(((time.perf_counter() - begin) * 1e3, (time.thread_time() - busy) * 1e3))
-            assert ex.renders == drawn + 1 and "alert" not in ex._numbers.value, f"{name}={value}"
-        control.value = home
-    return times
+def test_two_of_a_kind_are_equal_and_every_description_is_wide_enough(make):
+    is_the_same_twice(make)
 
 
 @pytest.mark.alone
-def test_every_control_of_every_explorer_redraws_within_200_ms(capsys):
-    """Nothing cached; the faster of two passes counts. If others take the cores, only our own time counts."""
-    lines, slow = [f"{'slider to redraw, ms':22}{'moves':>7}{'p50':>7}{'p95':>7}{'own p95':>9}"], []
-    crowded = os.getloadavg()[0] > os.cpu_count()
-    for name, make in EXPLORERS.items():
-        ex = make(cache=0)
-        passes = redraws(ex), redraws(ex)
-        elapsed, own = (sorted(map(min, *([t[i] for t in times] for times in passes))) for i in (0, 1))
-        late, busy = elapsed[int(0.95 * len(elapsed))], own[int(0.95 * len(own))]
-        lines.append(f"{name:22}{len(own):7}{elapsed[len(own) // 2]:7.0f}{late:7.0f}{busy:9.0f}")
-        slow += [name] if (busy if crowded else late) >= 200 else []
-    with capsys.disabled():
-        print("", *lines, sep="\n")
-    assert not slow
+@every_explorer
+def test_every_control_redraws_within_200_ms(make):
+    redraws_within_200_ms(make)
 
 
 # model calculator

@@ -1,7 +1,6 @@
 """The explorers of lesson 02: what they show is what the library computes, and they redraw quickly."""
 
 import math
-import os
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from lightlib.widgets.smooth_explorer import SCHEMES, smooth_explorer
 from lightlib.widgets.style import new_figure, panels
 from lightlib.widgets.threshold_explorer import THRESHOLDS, threshold_explorer, token_errors
 from lightlib.widgets.token_map import token_map
-from tests.test_widgets import redraws
+from tests.explorers import is_the_same_twice, redraws_within_200_ms
 
 
 def numbers(*shape, seed=0):
@@ -54,22 +53,14 @@ every_explorer = pytest.mark.parametrize("make", EXPLORERS.values(), ids=list(EX
 
 
 @every_explorer
-def test_two_of_a_kind_are_equal_byte_by_byte_and_read_on_one_line(make):
-    one, other = make(), make()
-    assert repr(one) == repr(other) and one._png == other._png
-    assert "0x" not in repr(one) and "\n" not in repr(one)
-    for control in one.controls.values():
-        assert 7 * len(control.description) < float(control.style.description_width.removesuffix("px"))
+def test_two_of_a_kind_are_equal_and_every_description_is_wide_enough(make):
+    is_the_same_twice(make)
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("name", EXPLORERS)
-def test_every_control_redraws_within_200_ms(name):
-    """Nothing cached; the faster of two passes counts. If others take the cores, only our own time counts."""
-    ex = EXPLORERS[name](cache=0)
-    passes, crowded = (redraws(ex), redraws(ex)), os.getloadavg()[0] > os.cpu_count()
-    times = sorted(map(min, *([move[1 if crowded else 0] for move in one] for one in passes)))
-    assert times[int(0.95 * len(times))] < 200
+@every_explorer
+def test_every_control_redraws_within_200_ms(make):
+    redraws_within_200_ms(make)
 
 
 # outlier map

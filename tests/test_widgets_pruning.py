@@ -1,7 +1,5 @@
 """The explorers of lesson 05: equal to the library's own results and to the algebra, and quick."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -11,33 +9,20 @@ from lightlib.sparsity.masks import mask_of
 from lightlib.sparsity.obs import obd_saliency, obs_weight
 from lightlib.widgets.layout_calculator import NAMES, SHAPES, bits_a_weight, break_even, layout_calculator
 from lightlib.widgets.loss_bowl import hessian, loss, loss_bowl, pruned
-from tests.test_widgets import redraws
+from tests.explorers import is_the_same_twice, redraws_within_200_ms
 
 every_explorer = pytest.mark.parametrize("make", [layout_calculator, loss_bowl])
 
 
 @every_explorer
-def test_two_of_a_kind_are_equal_byte_by_byte(make):
-    one, other = make(), make()
-    assert repr(one) == repr(other) and one._png == other._png
-    assert "0x" not in repr(one) and "\n" not in repr(one)
-
-
-@every_explorer
-def test_every_control_has_a_description_that_is_wide_enough(make):
-    for control in make().controls.values():
-        assert 7 * len(control.description) < float(control.style.description_width.removesuffix("px"))
+def test_two_of_a_kind_are_equal_and_every_description_is_wide_enough(make):
+    is_the_same_twice(make)
 
 
 @pytest.mark.alone
 @every_explorer
 def test_every_control_redraws_within_200_ms(make):
-    """Nothing cached; the faster of two passes counts. If others take the cores, only our own time counts."""
-    crowded = os.getloadavg()[0] > os.cpu_count()
-    ex = make(cache=0)
-    passes = redraws(ex), redraws(ex)
-    elapsed, own = (sorted(map(min, *([t[i] for t in times] for times in passes))) for i in (0, 1))
-    assert (own if crowded else elapsed)[int(0.95 * len(own))] < 200
+    redraws_within_200_ms(make)
 
 
 # layout calculator
