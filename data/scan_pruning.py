@@ -1,8 +1,9 @@
 """Measure pruning methods on the real model: method x sparsity -> perplexity and bytes.
 
-    python data/scan_pruning.py      # half an hour on two idle CPU cores; writes data/pruning.json
+    python data/scan_pruning.py      # most of an hour on two idle CPU cores; writes data/pruning.json
 
-Each point is one whole run of a method on smollm2-135m. Lesson 05 draws the points; its explorer reads them.
+Each point is one whole run of a method on smollm2-135m, all layers alike or by a budget. Lesson 05 draws the
+points; its explorer reads them.
 """
 
 import time
@@ -11,12 +12,14 @@ from pathlib import Path
 from scanning import scan
 
 from lightlib.measure import perplexity, size
+from lightlib.sparsity.budget import owl, sensitive
 from lightlib.sparsity.magnitude import magnitude
 from lightlib.sparsity.sparsegpt import sparsegpt
 from lightlib.sparsity.wanda import wanda
 from lightlib.sparsity.wrp import wrp
 
 METHODS = {"magnitude": magnitude, "wanda": wanda, "sparsegpt": sparsegpt, "wrp": wrp}
+BUDGETS = {"owl": owl, "sensitive": sensitive}
 
 
 def plan() -> list[dict]:
@@ -24,18 +27,21 @@ def plan() -> list[dict]:
     three = ("magnitude", "wanda", "sparsegpt")
     points = [point(method, sparsity=s) for s in (0.5, "2:4", 0.3, 0.7, 0.4, 0.6) for method in three]
     points += [point("wrp", alpha=alpha) for alpha in (0.1, 0.2, 0.25, 0.3, 0.4)]
+    points += [point("wanda", budget, sparsity=s) for s in (0.6, 0.5, 0.7) for budget in BUDGETS]
     return points + [point(method, sparsity=s) for s in ("4:8", 0.2, 0.1) for method in three]
 
 
-def point(method: str, **knobs) -> dict:
-    return {"method": method, "knobs": knobs}
+def point(method: str, budget: str = "", **knobs) -> dict:
+    return {"method": method, "budget": budget, "knobs": knobs}
 
 
 def measure(model, calibration: list, tests: list, point: dict) -> dict:
     """The point with what was measured there. Bytes: of the blocks' linear layers, and of the whole file."""
-    begin = time.perf_counter()
+    begin, knobs = time.perf_counter(), dict(point["knobs"])
+    if point["budget"]:
+        knobs["sparsity"] = BUDGETS[point["budget"]](model, calibration, progress=False, **knobs)
     calibration = None if point["method"] == "magnitude" else calibration
-    light, report = METHODS[point["method"]](model, calibration, progress=False, **point["knobs"])
+    light, report = METHODS[point["method"]](model, calibration, progress=False, **knobs)
     seconds = time.perf_counter() - begin
     count = sum(row.shape[0] * row.shape[1] for row in report)
     kept = sum(part.kept for row in report for part in light.get_submodule(row.name).parts())

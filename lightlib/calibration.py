@@ -58,6 +58,11 @@ class Block:
         return linears(self.module)
 
     @property
+    def dense(self) -> dict[str, nn.Linear]:
+        """Those of its linears that no method has changed yet."""
+        return {name: part for name, part in self.linears.items() if isinstance(part, nn.Linear)}
+
+    @property
     def stages(self) -> list[tuple[str, ...]]:
         return self.roles.stages
 

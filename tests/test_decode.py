@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightlib import decode
-from lightlib.decode import attention, generate, lean_path, linear, linear8
+from lightlib.decode import generate, lean_path
 from lightlib.decoder import cast, find_blocks
 from lightlib.measure import latency, size
+from lightlib.one_row import attention, linear, linear8
 from lightlib.quantization.grid import Int
 from lightlib.quantization.rtn import rtn
 from tests.conftest import VOCABULARY, random_model

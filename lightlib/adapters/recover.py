@@ -48,16 +48,18 @@ def recover(
             raise ValueError(
                 f"parameters in {str(weights[0].dtype)[6:]} lose small updates; train in float32"
             )
-        before = [(p, p.detach().clone(), p.requires_grad) for p in weights]
+        before = [(p, p.detach().clone()) for p in weights]
+        learnt = [(p, p.requires_grad) for p in light.parameters()]
         try:
             train(light, weights, batches, steps, lr, watch, progress)
         except BaseException:
-            for p, value, _ in before:
+            for p, value in before:
                 p.detach().copy_(value)
             raise
         finally:
-            for p, _, wanted in before:
+            for p, wanted in learnt:
                 p.requires_grad_(wanted)
+            for p in weights:
                 p.grad = None
     return Compressed(light, Report(()))
 
@@ -65,25 +67,19 @@ def recover(
 @torch.enable_grad()
 def train(light, weights, batches, steps, lr, watch, progress) -> None:
     """Only `weights` learn; dropout stays off, so that the same call gives the same result."""
-    others = [p for p in light.parameters() if p.requires_grad]
-    for p in others:
-        p.requires_grad_(False)
+    light.requires_grad_(False)
     for p in weights:
         p.requires_grad_(True)
-    try:
-        optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
-        for step in tqdm(range(steps), desc="recover", unit="step", disable=not progress):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-            loss = next_token_loss(light, batches[step % len(batches)])
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(weights, 1.0)
-            optimizer.step()
-            watch(step, loss.item())
-    finally:
-        for p in others:
-            p.requires_grad_(True)
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+    for step in tqdm(range(steps), desc="recover", unit="step", disable=not progress):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        loss = next_token_loss(light, batches[step % len(batches)])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        watch(step, loss.item())
 
 
 def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:

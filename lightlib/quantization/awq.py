@@ -99,7 +99,7 @@ def awq(
         rows, places = [], folds(light)
         for block in stream_blocks(light, batches, device=device, progress=progress, title="awq"):
             masks = block.open()
-            parts = {name: part for name, part in block.linears.items() if isinstance(part, nn.Linear)}
+            parts = block.dense
             grids = {name: grid_for(grid, f"{block.name}.{name}") for name in parts}
             for name, part in parts.items():
                 grids[name].groups(part.in_features, f"{block.name}.{name}")

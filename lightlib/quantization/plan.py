@@ -71,7 +71,7 @@ def plan(
                 "raise budget_bytes by as much, allow fewer bits, or take larger groups"
             )
         # the finest grid that all layers can have is the one that is measured
-        probe = max(zip(needed, grids, strict=True), key=lambda pair: pair[0] * (pair[0] <= room))[1]
+        probe = [grid for grid, stored in zip(grids, needed, strict=True) if stored <= room][-1]
         scan = sensitivity(
             copy, batches, grids, probe, rounding, lambda shape, grid: grid.stored_bits(*shape),
             progress=progress, title="plan",

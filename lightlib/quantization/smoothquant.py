@@ -85,7 +85,7 @@ def smoothquant(
         rows = []
         places = [fold for fold in folds(light) if alpha is not None and (everywhere or fold.rows is None)]
         for block in stream_blocks(light, batches, device=device, progress=progress, title="smoothquant"):
-            parts = {name: part for name, part in block.linears.items() if isinstance(part, nn.Linear)}
+            parts = block.dense
             found = block.collect(together(AbsMax, Samples), of=tuple(parts))
             maxima, inputs = ({n: s.parts[i].value for n, s in found.items()} for i in range(2))
             notes = dict.fromkeys(parts, "not smoothed")

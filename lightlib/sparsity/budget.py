@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightlib.calibration import Block, SquaredNorm, stream_blocks
 from lightlib.change import changing
 from lightlib.sensitivity import dense_linears, sensitivity, spend
-from lightlib.sparsity.masks import keep_largest
+from lightlib.sparsity.masks import dropped, keep_largest
 from lightlib.sparsity.wanda import wanda_score
 
 LEVELS = tuple(level / 20 for level in range(20))  # 0 to 0.95
@@ -44,7 +44,7 @@ def sensitive(
         count = sum(part.weight.numel() for part in dense_linears(copy).values())
         scan = sensitivity(
             copy, batches, falling, min(levels, key=lambda level: abs(level - sparsity)), pruning,
-            lambda shape, level: shape[0] * (shape[1] - int(shape[1] * level + 1e-6)),
+            lambda shape, level: shape[0] * (shape[1] - dropped(shape[1], level)),
             progress=progress, title="sensitive",
         )  # fmt: skip
     chosen = spend(scan, round(count * (1 - sparsity)))
@@ -88,7 +88,7 @@ def owl(
     names, shares, sizes = [], [], []
     with changing(model, inplace=False) as copy:
         for block in stream_blocks(copy, batches, device=device, progress=progress, title="owl"):
-            parts = {name: part for name, part in block.linears.items() if isinstance(part, nn.Linear)}
+            parts = block.dense
             norms = block.collect(SquaredNorm, of=tuple(parts))
             scores = {name: wanda_score(part.weight, norms[name].value) for name, part in parts.items()}
             count = sum(part.weight.numel() for part in parts.values())

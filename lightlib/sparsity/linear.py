@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from lightlib.compact import CompactLinear
-from lightlib.packing import whole_bytes
-from lightlib.sparsity.layouts import SparseWeight, bits_for, encode
+from lightlib.machine import seconds
+from lightlib.sparsity.layouts import SparseWeight, encode
 from lightlib.sparsity.masks import pattern
 
 
@@ -54,14 +51,11 @@ class SparseLinear(CompactLinear):
     def fast_path(self, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
         if set(self.layouts) != {"csr"} or dtype != torch.float32 or torch.device(device).type != "cpu":
             return "", f"no product here reads {' and '.join(self.layouts)} in {str(dtype)[6:]}"
-        shape, kept = (self.out_features, self.in_features), self.values0.numel()
-        gain = csr_gain(*shape, round(kept / (shape[0] * shape[1]), 2), torch.get_num_threads())
+        density = self.values0.numel() / (self.out_features * self.in_features)
+        gain = csr_gain(self.out_features, self.in_features, round(density, 2), torch.get_num_threads())
         if gain < 1:
-            zeros = 1 - kept / (shape[0] * shape[1])
-            return (
-                "",
-                f"at {zeros:.0%} zeros a CSR product takes {1 / gain:.1f} times a dense one for a token",
-            )
+            slower = f"a CSR product takes {1 / gain:.1f} times a dense one"
+            return "", f"at {1 - density:.0%} zeros {slower} for a token"
         return "aten::_sparse_csr_mm", ""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,28 +93,13 @@ def csr_gain(n_out: int, n_in: int, density: float, threads: int) -> float:
     W = torch.randn(n_out, n_in, generator=generator)
     mask = torch.rand(n_out, n_in, generator=generator) < density
     sparse, x = encode(W, mask, "csr"), torch.randn(1, n_in, generator=generator)
-    return median_ms(lambda: x @ W.T) / median_ms(lambda: sparse.times(x))
-
-
-def median_ms(run: Callable[[], object], repeats: int = 25) -> float:
-    """Median time of a call after a few that warm up."""
-    times = []
-    for _ in range(repeats + 3):
-        begin = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - begin)
-    return 1e3 * statistics.median(times[3:])
+    return seconds(lambda: x @ W.T, repeats=25) / seconds(lambda: sparse.times(x), repeats=25)
 
 
 def _blank(shape: tuple[int, int], layout: str, kept: int, dtype: str) -> SparseWeight:
-    """Tensors of the right shapes, still to be filled."""
-    tensors = {"values": torch.zeros(kept, dtype=getattr(torch, dtype))}
-    if layout == "bitmap":
-        tensors["bitmap"] = torch.zeros(whole_bytes(shape[0] * shape[1], 1) // 8, dtype=torch.uint8)
-    elif layout == "csr":
-        tensors["starts"] = torch.zeros(shape[0] + 1, dtype=torch.int32)
-        tensors["columns"] = torch.zeros(kept, dtype=torch.int32)
-    else:
-        bits = whole_bytes(kept, bits_for(pattern(layout)[1]))
-        tensors["positions"] = torch.zeros(bits // 8, dtype=torch.uint8)
-    return SparseWeight(layout, shape, tensors)
+    """A weight of zeros in this layout, still to be filled."""
+    mask = torch.arange(shape[0] * shape[1]).view(shape)
+    if ":" in layout:
+        n, m = pattern(layout)
+        mask, kept = mask % m, n
+    return encode(torch.zeros(shape, dtype=getattr(torch, dtype)), mask < kept, layout)

@@ -18,15 +18,18 @@ def keep_largest(scores: Tensor, sparsity: float) -> Tensor:
     >>> keep_largest(torch.tensor([3.0, 1.0, 2.0, 1.0]), 0.5)
     tensor([ True, False,  True, False])
     """
-    drop = scores.argsort(dim=-1, stable=True)[..., : int(scores.shape[-1] * sparsity + 1e-6)]
+    drop = scores.argsort(dim=-1, stable=True)[..., : dropped(scores.shape[-1], sparsity)]
     return torch.ones_like(scores, dtype=torch.bool).scatter_(-1, drop, False)
+
+
+def dropped(n: int, sparsity: float) -> int:
+    """How many of n weights go: a share such as 9 / 10 of 40 is 36, whichever way it is rounded."""
+    return int(n * sparsity + 1e-6)
 
 
 def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
     """The n largest of every m scores that lie side by side in a row (out, in); m divides in."""
-    groups = scores.reshape(len(scores), -1, m)
-    drop = groups.argsort(dim=-1, stable=True)[..., : m - n]
-    return torch.ones_like(groups, dtype=torch.bool).scatter_(-1, drop, False).view(scores.shape)
+    return keep_largest(scores.reshape(len(scores), -1, m), (m - n) / m).view(scores.shape)
 
 
 def mask_of(scores: Tensor, sparsity: Sparsity, per: str = "row") -> Tensor:

@@ -15,7 +15,7 @@ from lightlib.calibration import Gram, stream_blocks
 from lightlib.change import changing
 from lightlib.report import Compressed, Report
 from lightlib.second_order import inverse_factor
-from lightlib.sparsity.masks import keep_largest, sparsity_for
+from lightlib.sparsity.masks import dropped, keep_largest, sparsity_for
 from lightlib.sparsity.store import sparse_linear
 
 LARGEST = 2**27  # numbers that the inverses of one chunk of rows may hold
@@ -42,7 +42,7 @@ def obs_weight(
         w, stays = W[rows], kept[rows]  # (rows, in)
         inverse = (U.T @ U).repeat(len(rows), 1, 1)  # (rows, in, in): each row loses other weights
         each = torch.arange(len(rows), device=weight.device)
-        for _ in range(int(n_in * sparsity + 1e-6)):
+        for _ in range(dropped(n_in, sparsity)):
             saliency = (w.square() / inverse.diagonal(dim1=1, dim2=2)).masked_fill(~stays, torch.inf)
             j = saliency.argmin(1)
             column, pivot = inverse[each, :, j], inverse[each, j, j]  # (rows, in), (rows)
@@ -76,7 +76,7 @@ def obs(
     with changing(model, inplace) as light:
         rows = []
         for block in stream_blocks(light, batches, device=device, progress=progress, title="obs"):
-            dense = {name: part for name, part in block.linears.items() if isinstance(part, nn.Linear)}
+            dense = block.dense
             grams = block.collect(Gram, of=tuple(dense))
             for name, linear in dense.items():
                 whole, gram = f"{block.name}.{name}", grams[name].value

@@ -43,7 +43,7 @@ def wanda(
     with changing(model, inplace) as light:
         rows = []
         for block in stream_blocks(light, batches, device=device, progress=progress, title="wanda"):
-            dense = {name: part for name, part in block.linears.items() if isinstance(part, nn.Linear)}
+            dense = block.dense
             shares = {
                 n: sparsity_for(sparsity, f"{block.name}.{n}", part.in_features) for n, part in dense.items()
             }

@@ -44,7 +44,7 @@ def wrp(
     with changing(model, inplace) as light:
         rows = []
         for block in stream_blocks(light, batches, device=device, progress=progress, title="wrp"):
-            dense = {name: part for name, part in block.linears.items() if isinstance(part, nn.Linear)}
+            dense = block.dense
             for name, linear in dense.items():
                 sparsity_for(pattern, f"{block.name}.{name}", linear.in_features)
             found = block.collect(together(SquaredNorm, Samples), of=tuple(dense))

@@ -10,6 +10,7 @@ from lightlib.widgets.explorer import Explorer
 from lightlib.widgets.style import BLACK, BLUE, GREEN, GREY, PALE, VERMILION, panels
 
 REACH = 2.2  # weights shown: from -REACH to REACH
+COLORS = {"damage": VERMILION, "surgeon": GREEN}
 CIRCLE = np.stack([np.cos(np.linspace(0, 2 * np.pi, 121)), np.sin(np.linspace(0, 2 * np.pi, 121))])
 
 
@@ -45,7 +46,7 @@ def draw(fig: Figure, result: dict) -> None:
     (left.axvline if which == 0 else left.axhline)(0, color=GREY, lw=1.2)
     left.plot(*optimum, "o", color=BLACK, ms=7)
     left.annotate("trained", optimum, (6, 6), textcoords="offset points", fontsize=10)
-    for name, color in (("damage", VERMILION), ("surgeon", GREEN)):
+    for name, color in COLORS.items():
         left.plot(*zip(optimum, ends[name], strict=True), color=color)
         left.plot(*ends[name], "s", color=color, ms=6)
     left.plot(*zip(optimum, result["landing"], strict=True), color=BLUE, ls="--")
@@ -58,9 +59,8 @@ def draw(fig: Figure, result: dict) -> None:
     points = np.zeros((121, 2))
     points[:, other] = t
     right.plot(t, [loss(H, optimum, p) for p in points], color=GREY)
-    shown = {"damage": (VERMILION, "s"), "surgeon": (GREEN, "s")}
-    for name, (color, mark) in shown.items():
-        right.plot(ends[name][other], result[f"{name}_loss"], mark, color=color, ms=8, label=name)
+    for name, color in COLORS.items():
+        right.plot(ends[name][other], result[f"{name}_loss"], "s", color=color, ms=8, label=name)
     right.plot(result["landing"][other], result["your_loss"], "D", color=BLUE, ms=8, label="you")
     high = max(3 * result["damage_loss"], 1.2 * result["your_loss"], 0.05)
     right.set(
