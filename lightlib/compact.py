@@ -44,6 +44,10 @@ class CompactLinear(nn.Module):
         """Which weights (out, in) a layer stores that drops some and leaves the others as they are."""
         return None
 
+    def learnable(self) -> dict[str, Tensor]:
+        """{parameter: mask (out, in) of the weights that it holds, row by row} of weights that can learn."""
+        return {}
+
     def fast_path(self, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
         """(operation, reason): what multiplies packed weights for such inputs, or "" and why nothing does."""
         return "", "no packed matmul exists for this layer, so each call decodes it to dense first"

@@ -8,6 +8,9 @@ from lightlib.decoder import cast
 from lightlib.measure import divergence, explain, latency, perplexity, roofline, size, throughput
 from lightlib.quantization.grid import Int
 from lightlib.quantization.rtn import rtn
+from lightlib.sparsity.layouts import encode
+from lightlib.sparsity.linear import SparseLinear
+from lightlib.sparsity.masks import mask_of
 from lightlib.zoo import batches, load_model, load_text
 from tests.conftest import random_model
 
@@ -57,3 +60,16 @@ def test_one_block_at_a_time_is_moved_to_the_device(calib):
     for here, there in zip(grams, moved, strict=True):
         for name, gram in here.items():
             torch.testing.assert_close(there[name].value.cpu(), gram.value, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 5, 64])
+def test_a_2_to_4_layer_is_multiplied_by_sparse_tensor_cores(dtype, tokens):
+    torch.manual_seed(0)
+    W, bias = torch.randn(96, 128, device="cuda").to(dtype), torch.randn(96, device="cuda").to(dtype)
+    layer = SparseLinear(encode(W, mask_of(W.float().abs(), "2:4"), "2:4"), bias)
+    x = torch.randn(2, tokens, 128, device="cuda").to(dtype)
+    expected = x @ layer.dense(dtype).T + bias
+    torch.testing.assert_close(layer(x), expected, rtol=2e-2, atol=0.1)
+    assert layer.places is not None  # that path was taken
+    assert layer.fast_path(dtype, x.device)[0]

@@ -11,7 +11,9 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil, log2
 
 import torch
@@ -54,6 +56,7 @@ class SparseWeight:
 
     def times(self, x: Tensor) -> Tensor:
         """x (tokens, in) W^T -> (tokens, out) for the layout "csr", without building W."""
+        _told_once_that_csr_is_new()
         starts, columns, values = (self.tensors[key] for key in ("starts", "columns", "values"))
         W = torch.sparse_csr_tensor(starts, columns, values.detach(), self.shape, check_invariants=False)
         return (W @ x.T).T
@@ -105,6 +108,14 @@ def smallest(mask: Tensor, value_bits: int, layouts: tuple[str, ...] = ("bitmap"
     """The layout that takes the fewest bits for this mask."""
     kept, shape = int(mask.sum()), tuple(mask.shape)
     return min(layouts, key=lambda layout: layout_bits(layout, shape, kept, value_bits))
+
+
+@lru_cache(maxsize=1)
+def _told_once_that_csr_is_new() -> None:
+    """torch warns at the first CSR tensor of a process, which is this one; no user could act on it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
 
 
 def bits_for(m: int) -> int:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightlib.compact import CompactLinear
-from lightlib.machine import seconds
+from lightlib.sparsity.csr_speed import csr_gain, csr_pays_from
 from lightlib.sparsity.layouts import SparseWeight, encode
 from lightlib.sparsity.masks import pattern
+from lightlib.sparsity.semi_structured import hardware_places, misfit, semi_structured
 
 
 class SparseLinear(CompactLinear):
@@ -31,6 +31,7 @@ class SparseLinear(CompactLinear):
                     self.register_parameter(f"values{i}", nn.Parameter(tensor, requires_grad=False))
                 else:
                     self.register_buffer(f"{key}{i}", tensor)
+        self.register_buffer("places", None, persistent=False)  # 2:4 on CUDA: the positions as it reads them
 
     def parts(self) -> tuple[SparseWeight, ...]:
         """The sparse weights whose sum W is."""
@@ -40,33 +41,64 @@ class SparseLinear(CompactLinear):
             for i, layout in enumerate(self.layouts)
         )
 
+    @property
+    def density(self) -> float:
+        """The share of weights that are stored."""
+        return sum(part.kept for part in self.parts()) / (self.out_features * self.in_features)
+
     def mask(self) -> Tensor:
         """Where values are stored: bool (out, in)."""
         return torch.stack([part.mask() for part in self.parts()]).any(0)
+
+    def learnable(self) -> dict[str, Tensor]:
+        return {f"values{i}": part.mask() for i, part in enumerate(self.parts())}
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         first, *rest = (part.dense(dtype) for part in self.parts())
         return sum(rest, first)
 
     def fast_path(self, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
-        if set(self.layouts) != {"csr"} or dtype != torch.float32 or torch.device(device).type != "cpu":
-            return "", f"no product here reads {' and '.join(self.layouts)} in {str(dtype)[6:]}"
-        density = self.values0.numel() / (self.out_features * self.in_features)
-        gain = csr_gain(self.out_features, self.in_features, round(density, 2), torch.get_num_threads())
-        if gain < 1:
-            slower = f"a CSR product takes {1 / gain:.1f} times a dense one"
-            return "", f"at {1 - density:.0%} zeros {slower} for a token"
-        return "aten::_sparse_csr_mm", ""
+        shape, read = (self.out_features, self.in_features), " and ".join(self.layouts)
+        if torch.device(device).type == "cuda" and self.layouts == ("2:4",):
+            reason = misfit(shape, dtype)
+            return "" if reason else "torch.sparse.SparseSemiStructuredTensor", reason
+        reason = f"no product here reads {read} in {str(dtype)[6:]}"
+        if torch.device(device).type != "cpu" or dtype != torch.float32:
+            return "", reason
+        threads, density = torch.get_num_threads(), self.density
+        gain = csr_gain(*shape, round(density, 2), threads)
+        if gain >= 1:
+            faster = f"{reason}; as CSR, {gain:.1f} times as fast as dense, one does (see sparsity.store)"
+            return ("aten::_sparse_csr_mm", "") if read == "csr" else ("", faster)
+        slower = (
+            f"at {1 - density:.0%} zeros a CSR product takes {1 / gain:.1f} times a dense one for a token, "
+            f"and pays from {csr_pays_from(*shape, threads):.0%} zeros on"
+        )
+        return "", slower if read == "csr" else f"{reason}, and {slower}"
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, self.in_features)
-        learning = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.parameters()))
-        csr = set(self.layouts) == {"csr"} and x.dtype == torch.float32 and not x.is_cuda
-        if not csr or learning or len(flat) > FEW:
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.parameters())):
             return super().forward(x)
-        y = sum(part.times(flat) for part in self.parts())
-        y = y if self.bias is None else y + self.bias
+        flat, first = x.reshape(-1, self.in_features), self.parts()[0]
+        cores = x.is_cuda and self.layouts == ("2:4",) and self.values0.dtype == x.dtype
+        if cores and not misfit(first.shape, x.dtype):
+            if self.places is None:
+                self.places = hardware_places(first)
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            y = F.linear(flat, semi_structured(first, self.places), bias)
+        elif not x.is_cuda and self.layouts == ("csr",) and x.dtype == torch.float32 and len(flat) <= FEW:
+            y = first.times(flat)
+            y = y if self.bias is None else y + self.bias
+        else:
+            return super().forward(x)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def stored(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in super().stored().items() if name != "places"}
+
+    def _apply(self, fn, recurse=True):
+        self.places = None  # it belongs to the device, and is made anew from the positions
+        return super()._apply(fn, recurse)
 
     def settings(self) -> dict:
         return {
@@ -84,16 +116,6 @@ class SparseLinear(CompactLinear):
 FEW = 128  # tokens in a call from where on decoding the weight once is quicker than the CSR product
 NM = ("values", "positions")
 KEYS = {"bitmap": ("values", "bitmap"), "csr": ("values", "starts", "columns")}
-
-
-@lru_cache(maxsize=256)
-def csr_gain(n_out: int, n_in: int, density: float, threads: int) -> float:
-    """How many times as fast as a dense product a CSR one is here, for a token in float32; measured."""
-    generator = torch.Generator().manual_seed(0)
-    W = torch.randn(n_out, n_in, generator=generator)
-    mask = torch.rand(n_out, n_in, generator=generator) < density
-    sparse, x = encode(W, mask, "csr"), torch.randn(1, n_in, generator=generator)
-    return seconds(lambda: x @ W.T, repeats=25) / seconds(lambda: sparse.times(x), repeats=25)
 
 
 def _blank(shape: tuple[int, int], layout: str, kept: int, dtype: str) -> SparseWeight:

@@ -2,6 +2,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from lightlib.adapters.recover import next_token_loss, recover
 from lightlib.decoder import cast
@@ -21,12 +22,13 @@ def flags(model):
     return {name: p.requires_grad for name, p in model.named_parameters()}
 
 
+@pytest.mark.parametrize("rank", [None, 4])
 @pytest.mark.parametrize("sparsity", [0.7, "2:4"])
-def test_what_was_pruned_learns_and_its_zeros_stay(model, calib, sparsity):
+def test_what_was_pruned_learns_and_its_zeros_stay(model, calib, sparsity, rank):
     light, _ = magnitude(model, sparsity=sparsity, progress=False)
     before, wanted, losses = {n: t.clone() for n, t in light.state_dict().items()}, flags(light), []
     better, report = recover(
-        light, calib, steps=8, lr=3e-3, watch=lambda *x: losses.append(x), progress=False
+        light, calib, steps=8, lr=3e-3, rank=rank, watch=lambda *x: losses.append(x), progress=False
     )
     assert len(report) == 0 and [step for step, _ in losses] == list(range(8))
     assert perplexity(better, calib) < perplexity(light, calib)
@@ -64,7 +66,32 @@ def test_it_is_a_step_of_a_recipe(llama, calib):
     assert (layer.dense() == 0).float().mean() == pytest.approx(0.5, abs=0.02)
 
 
-def test_broken_off_in_place_it_leaves_the_values_as_they_were(llama, calib):
+def test_updates_of_low_rank_move_the_weights_by_no_more_than_that_rank(llama, calib):
+    light, _ = wrp(llama, calib, progress=False)
+    layer = light.model.layers[0].mlp.up_proj
+    before, dense = layer.dense(), light.model.layers[1].mlp.down_proj
+    light.model.layers[1].mlp.set_submodule(
+        "down_proj", nn.Linear(dense.in_features, dense.out_features, bias=False)
+    )
+    left = light.model.layers[1].mlp.down_proj.weight.detach().clone()
+    better, _ = recover(light, calib, steps=4, lr=1e-2, rank=2, progress=False)
+    moved = better.model.layers[1].mlp.down_proj.weight.detach() - left
+    assert torch.linalg.matrix_rank(moved, rtol=1e-4) == 2  # a dense layer shows it bare
+    now = better.model.layers[0].mlp.up_proj
+    assert not torch.equal(now.dense(), before) and torch.equal(now.mask(), layer.mask())
+    assert type(now) is type(layer) and now.stored_bits() == layer.stored_bits()
+    assert list(better.state_dict()) == list(light.state_dict())
+    norms = [m.model.layers[0].input_layernorm.weight for m in (light, better)]
+    assert torch.equal(*norms)
+
+
+def test_a_rank_that_no_layer_can_have_is_refused(llama, calib):
+    with pytest.raises(ValueError, match=r"self_attn.q_proj: rank=33 does not lie from 1 to 32"):
+        recover(llama, calib, steps=1, rank=33, progress=False)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_broken_off_in_place_it_leaves_the_values_as_they_were(llama, calib, rank):
     light = magnitude(llama, progress=False).model
     before, wanted = [p.detach().clone() for p in light.parameters()], flags(light)
 
@@ -73,7 +100,7 @@ def test_broken_off_in_place_it_leaves_the_values_as_they_were(llama, calib):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        recover(light, calib, steps=5, lr=1e-2, watch=interrupt, progress=False, inplace=True)
+        recover(light, calib, steps=5, lr=1e-2, rank=rank, watch=interrupt, progress=False, inplace=True)
     assert all(torch.equal(p, old) for p, old in zip(light.parameters(), before, strict=True))
     assert flags(light) == wanted
 
