@@ -1,5 +1,6 @@
 """What a lesson may hold, so that comparing it means something, and that its exercises can be solved."""
 
+import ast
 import copy
 import importlib.util
 import re
@@ -92,6 +93,12 @@ def solutions(path: Path) -> dict[str, str]:
     return {tag: source.strip() for tag, source in zip(blocks[1::2], blocks[2::2], strict=True)}
 
 
+def imports(notebook) -> str:
+    """What the lesson imports: all that an exercise, or its solution, may count on."""
+    found = [node for cell in code(notebook) for node in ast.parse(cell.source).body]
+    return "\n".join(ast.unparse(node) for node in found if isinstance(node, (ast.Import, ast.ImportFrom)))
+
+
 @pytest.mark.lessons
 @pytest.mark.parametrize(
     "path", [p for p in LESSONS if '"exercise' in p.read_text()], ids=lambda path: path.stem
@@ -107,7 +114,7 @@ def test_an_exercise_is_open_when_saved_and_its_solution_is_right(path):
             if tag.startswith("exercise:"):
                 cell.source = answers.pop(tag)
     assert not answers, "solutions of no exercise"
-    canon.execute(notebook, ROOT)
+    canon.execute(new_notebook(cells=[new_code_cell(imports(notebook)), *cells]), ROOT)
     assert [str(c.outputs) for c in cells if "[ok]" not in str(c.outputs)] == []
 
 

@@ -1,5 +1,7 @@
 """The explorers of lesson 05: equal to the library's own results and to the algebra, and quick."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +9,29 @@ import torch
 from lightlib.sparsity.layouts import encode, layout_bits
 from lightlib.sparsity.masks import mask_of
 from lightlib.sparsity.obs import obd_saliency, obs_weight
+from lightlib.sparsity.sparsegpt import sparsegpt_weight
+from lightlib.sparsity.wanda import wanda_score
 from lightlib.widgets.layout_calculator import NAMES, SHAPES, bits_a_weight, break_even, layout_calculator
 from lightlib.widgets.loss_bowl import hessian, loss, loss_bowl, pruned
+from lightlib.widgets.pruning_explorer import COLUMNS, ROWS, pruning_explorer, scan, zeros
+from lightlib.zoo import load_model
+from tests.conftest import data_script
 from tests.explorers import is_the_same_twice, redraws_within_200_ms
 
-every_explorer = pytest.mark.parametrize("make", [layout_calculator, loss_bowl])
+
+def some_layer():
+    """A weight (64, 96) and the gram of its inputs, a few of which are strong."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(400, 96, generator=generator) @ torch.randn(96, 96, generator=generator)
+    X[:, ::7] *= 5
+    return torch.randn(64, 96, generator=generator), X.T @ X / 400
+
+
+def on_some_layer(**options):
+    return pruning_explorer(*some_layer(), **options)
+
+
+every_explorer = pytest.mark.parametrize("make", [layout_calculator, loss_bowl, on_some_layer])
 
 
 @every_explorer
@@ -93,3 +113,85 @@ def test_it_says_which_weight_is_the_cheaper_one():
     assert ex.set(prune="weight 2").result["says"] == "Pruning weight 1 instead would cost less."
     # a large weight on a flat axis can be the cheaper one
     assert ex.set(curvature=0.2, weight_1=0.9, weight_2=1.5).result["damage_loss"] < 0.5 * 0.9**2
+
+
+# the scan and the pruning explorer
+def test_the_scan_has_every_point_of_its_plan_once():
+    made, found = data_script("scan_pruning"), scan()
+    assert found["settings"] == data_script("scanning").SETTINGS
+    measured = [
+        json.dumps({key: point[key] for key in made.plan()[0]}, sort_keys=True) for point in found["points"]
+    ]
+    planned = [json.dumps(point, sort_keys=True) for point in made.plan()]
+    assert sorted(measured) == sorted(planned) and len(set(planned)) == len(planned)
+
+
+def test_zeros_and_bytes_of_the_scan_are_those_of_the_layouts():
+    shapes = [(576, 576)] * 2 + [(192, 576)] * 2 + [(1536, 576)] * 2 + [(576, 1536)]
+    weights = 30 * sum(a * b for a, b in shapes)
+    for point in scan()["points"]:
+        setting = point["knobs"].get("sparsity")
+        if point["method"] == "wrp" or point["budget"]:
+            continue
+        if isinstance(setting, str):
+            assert point["sparsity"] == 0.5 and point["bits_per_weight"] == (17 if setting == "2:4" else 17.5)
+            continue
+        assert setting - 0.004 < point["sparsity"] <= setting + 1e-9
+        kept = round(weights * (1 - point["sparsity"]))
+        assert point["linear_bytes"] == pytest.approx((kept * 32 + weights) / 8, abs=8)
+        assert point["bits_per_weight"] == pytest.approx(32 * (1 - point["sparsity"]) + 1, abs=1e-6)
+
+
+def test_the_scan_says_what_theory_says():
+    dense, points = scan()["dense"]["perplexity"], scan()["points"]
+    at = {(p["method"], p["budget"], *p["knobs"].values()): p["perplexity"] for p in points}
+    for method in ("magnitude", "wanda", "sparsegpt"):
+        levels = [at[method, "", s] for s in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)]
+        assert levels == sorted(levels) and levels[0] > 0.97 * dense
+        assert at[method, "", 0.5] < at[method, "", "4:8"] < at[method, "", "2:4"]
+    for setting in (0.5, 0.6, 0.7, "2:4", "4:8"):
+        assert at["magnitude", "", setting] > at["wanda", "", setting] > at["sparsegpt", "", setting]
+    recovered = [at["wanda", "", "2:4"], *(at["wrp", "", alpha] for alpha in (0.1, 0.2, 0.25, 0.3, 0.4))]
+    assert recovered == sorted(recovered, reverse=True)
+
+
+@pytest.mark.model
+def test_a_point_of_the_scan_comes_out_again():
+    made, scanning = data_script("scan_pruning"), data_script("scanning")
+    model, tokenizer = load_model(scanning.SETTINGS["model"])
+    tests = scanning.windows(tokenizer, **scanning.SETTINGS["test"])
+    kept = next(p for p in scan()["points"] if p["method"] == "magnitude" and zeros(p) == 0.3)
+    again = made.measure(model, None, tests, {key: kept[key] for key in made.plan()[0]})
+    same = ("linear_bytes", "stored_bytes", "bits_per_weight", "sparsity")
+    assert {k: again[k] for k in same} == {k: kept[k] for k in same}
+    assert again["perplexity"] == pytest.approx(kept["perplexity"], rel=2e-3)
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.7, "2:4"])
+def test_the_explorer_prunes_as_the_methods_do_and_shows_the_point_of_the_scan(sparsity):
+    ex, (W, gram) = on_some_layer(), some_layer()
+    masks = {
+        "magnitude": mask_of(W.abs(), sparsity, "layer"),
+        "wanda": mask_of(wanda_score(W, gram.diagonal()), sparsity),
+        "sparsegpt": sparsegpt_weight(W, gram, sparsity)[1],
+    }
+    errors = {}
+    for method, mask in masks.items():
+        result = ex.set(method=method, sparsity=sparsity).result
+        assert np.array_equal(~result["part"].mask, mask[:ROWS, :COLUMNS].numpy())
+        np.testing.assert_allclose(result["stay"], mask[:, :COLUMNS].float().mean(0))
+        errors[method] = result["error_of_this_layer_share"]
+        point = next(p for p in scan()["points"] if p["method"] == method and zeros(p) == sparsity)
+        assert result["perplexity"] == point["perplexity"]
+    assert errors["magnitude"] > errors["wanda"] > errors["sparsegpt"]
+
+
+def test_the_explorer_names_the_better_method_and_refuses_what_does_not_fit():
+    ex, (W, gram) = on_some_layer(), some_layer()
+    assert ex.set(method="wanda").result["says"].startswith("With as many zeros SparseGPT reaches ")
+    assert ex.set(method="sparsegpt").result["says"] == "The best of the three with as many zeros."
+    assert "within a tenth" in ex.set(sparsity=0.1).result["says"]
+    with pytest.raises(ValueError, match="the gram of 96 inputs is square"):
+        pruning_explorer(W, gram[:10])
+    with pytest.raises(ValueError, match="at least 32 x 64"):
+        pruning_explorer(W[:8], gram)

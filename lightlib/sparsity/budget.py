@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightlib.calibration import Block, SquaredNorm, stream_blocks
 from lightlib.change import changing
 from lightlib.sensitivity import dense_linears, sensitivity, spend
-from lightlib.sparsity.masks import dropped, keep_largest
+from lightlib.sparsity.masks import dropped
 from lightlib.sparsity.wanda import wanda_score
 
 LEVELS = tuple(level / 20 for level in range(20))  # 0 to 0.95
@@ -37,8 +37,14 @@ def sensitive(
 
     def pruning(block: Block) -> Callable[[str, nn.Linear, float], Tensor]:
         norms = block.collect(SquaredNorm)
-        scores = {name: wanda_score(part.weight, norms[name].value) for name, part in block.linears.items()}
-        return lambda name, part, level: part.weight.detach() * keep_largest(scores[name], level)
+        # a weight's rank in its row, sorted once for all levels
+        ranks = {
+            name: wanda_score(part.weight, norms[name].value).argsort(dim=-1, stable=True).argsort(dim=-1)
+            for name, part in block.linears.items()
+        }
+        return lambda name, part, level: (
+            part.weight.detach() * (ranks[name] >= dropped(part.in_features, level))
+        )
 
     with changing(model, inplace=False) as copy:
         count = sum(part.weight.numel() for part in dense_linears(copy).values())
