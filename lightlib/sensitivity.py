@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightlib.calibration import Block, starting_at, stream_blocks
+from lightlib.calibration import Block, SquaredNorm, starting_at, stream_blocks
 from lightlib.decoder import find_blocks, linears
 from lightlib.quality import device_of
 
@@ -33,7 +33,7 @@ def sensitivity(
     batches: list[Tensor],
     settings: list,
     probe,
-    change: Callable[[Block], Callable[[str, nn.Linear, Hashable], Tensor]],
+    change: Callable[[Block, dict[str, Tensor]], Callable[[str, nn.Linear, Hashable], Tensor]],
     cost: Callable[[tuple[int, int], Hashable], int],
     *,
     progress: bool = True,
@@ -43,29 +43,31 @@ def sensitivity(
 
     Each stage of each block is changed alone to `probe`, one of the settings, and the divergence from the
     dense model is measured. That is quadratic in small changes of weights, so for other settings it is taken
-    to grow with the squared distance they move them: measuring each would mostly measure luck.
-    change(block): gives (name, layer, setting) -> its changed weight. cost(shape, setting): what it takes.
+    to grow with the squared distance they move them, each weight times the norm of its input: measuring each
+    would mostly measure luck. change(block, norms): gives (name, layer, setting) -> its changed weight;
+    norms: {layer: each input's sum of squares (in,)}. cost(shape, setting): what a setting takes.
     """
-    reference, found = [log_probabilities(model, ids) for ids in batches], {}
+    reference, choices = [log_probabilities(model, ids) for ids in batches], {}
     for block in stream_blocks(model, batches, progress=progress, title=title):
-        changed = change(block)
+        norms = {name: found.value for name, found in block.collect(SquaredNorm).items()}
+        changed = change(block, norms)
         with starting_at(model, block):
             for stage in block.stages:
                 parts = {name: block.linears[name] for name in stage}
                 moved = {}
                 for setting in settings:
                     weights = {name: changed(name, part, setting) for name, part in parts.items()}
-                    moved[setting] = moved_by(parts, weights)
+                    moved[setting] = moved_by(parts, weights, norms)
                     if setting == probe:
                         with swapped(parts, weights):
                             loss = divergence_from(reference, model, batches) / max(moved[probe], 1e-12)
                 names = tuple(f"{block.name}.{name}" for name in stage)
                 shapes = [tuple(part.weight.shape) for part in parts.values()]
-                found[names[0]] = [
+                choices[names[0]] = [
                     Choice(names, s, sum(cost(shape, s) for shape in shapes), loss * moved[s])
                     for s in settings
                 ]
-    return found
+    return choices
 
 
 @contextmanager
@@ -81,10 +83,10 @@ def swapped(parts: dict[str, nn.Linear], weights: dict[str, Tensor]) -> Iterator
             part.weight.data = before[name]
 
 
-def moved_by(parts: dict[str, nn.Linear], weights: dict[str, Tensor]) -> float:
-    """||W - W'||^2 over all of these layers."""
-    pairs = ((part.weight.detach().float(), weights[name].float()) for name, part in parts.items())
-    return sum((before - after).square().sum().item() for before, after in pairs)
+def moved_by(parts: dict[str, nn.Linear], weights: dict[str, Tensor], norms: dict[str, Tensor]) -> float:
+    """Sum of (w - w')^2 ||x||^2 over all weights of these layers, x being the input of each (in,)."""
+    gone = ((name, part.weight.detach().float() - weights[name].float()) for name, part in parts.items())
+    return sum((move.square() * norms[name]).sum().item() for name, move in gone)
 
 
 def log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:

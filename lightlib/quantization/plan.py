@@ -86,6 +86,6 @@ def plan(
     )
 
 
-def rounding(block: Block) -> Callable[[str, nn.Linear, Int], Tensor]:
+def rounding(block: Block, norms: dict[str, Tensor]) -> Callable[[str, nn.Linear, Int], Tensor]:
     """What rounding a layer of this block to a grid makes of its weight."""
     return lambda name, part, grid: grid.encode(part.weight, f"{block.name}.{name}").dense()

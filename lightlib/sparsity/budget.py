@@ -35,11 +35,10 @@ def sensitive(
         raise ValueError(f"sparsity={sparsity}: the levels reach from 0 to {max(levels)}")
     falling = sorted(levels, reverse=True)  # costs, the weights that stay, rise
 
-    def pruning(block: Block) -> Callable[[str, nn.Linear, float], Tensor]:
-        norms = block.collect(SquaredNorm)
+    def pruning(block: Block, norms: dict[str, Tensor]) -> Callable[[str, nn.Linear, float], Tensor]:
         # a weight's rank in its row, sorted once for all levels
         ranks = {
-            name: wanda_score(part.weight, norms[name].value).argsort(dim=-1, stable=True).argsort(dim=-1)
+            name: wanda_score(part.weight, norms[name]).argsort(dim=-1, stable=True).argsort(dim=-1)
             for name, part in block.linears.items()
         }
         return lambda name, part, level: (

@@ -52,6 +52,10 @@ class SparseWeight:
         values = self.tensors["values"].to(dtype)
         if self.layout == "bitmap":
             return values.new_zeros(self.shape).masked_scatter(self.mask(), values)
+        if self.layout != "csr":
+            n, m = pattern(self.layout)
+            groups = values.new_zeros(self.shape[0] * self.shape[1] // m, m)
+            return groups.scatter(1, self._within().view(-1, n), values.view(-1, n)).view(self.shape)
         return values.new_zeros(self.shape).view(-1).index_put((self._places(),), values).view(self.shape)
 
     def times(self, x: Tensor) -> Tensor:
@@ -69,8 +73,12 @@ class SparseWeight:
             rows = torch.arange(n_out, device=starts.device).repeat_interleave(starts.diff())
             return rows * n_in + self.tensors["columns"].long()
         n, m = pattern(self.layout)
-        within = unpack(self.tensors["positions"], bits_for(m), (self.kept,)).long()
+        within = self._within()
         return within + torch.arange(n_out * n_in // m, device=within.device).repeat_interleave(n) * m
+
+    def _within(self) -> Tensor:
+        """The place of each value of an n:m weight in its group: int64 (kept)."""
+        return unpack(self.tensors["positions"], bits_for(pattern(self.layout)[1]), (self.kept,)).long()
 
 
 def encode(weight: Tensor, mask: Tensor, layout: str) -> SparseWeight:
