@@ -18,8 +18,13 @@ def keep_largest(scores: Tensor, sparsity: float) -> Tensor:
     >>> keep_largest(torch.tensor([3.0, 1.0, 2.0, 1.0]), 0.5)
     tensor([ True, False,  True, False])
     """
-    drop = scores.argsort(dim=-1, stable=True)[..., : dropped(scores.shape[-1], sparsity)]
-    return torch.ones_like(scores, dtype=torch.bool).scatter_(-1, drop, False)
+    count = dropped(scores.shape[-1], sparsity)
+    if not count:
+        return torch.ones_like(scores, dtype=torch.bool)
+    last = scores.kthvalue(count, dim=-1, keepdim=True).values  # the largest score that goes
+    below, equal = scores < last, scores == last
+    missing = count - below.sum(-1, keepdim=True)
+    return ~(below | equal & (equal.cumsum(-1) <= missing))
 
 
 def dropped(n: int, sparsity: float) -> int:
