@@ -120,6 +120,7 @@ def test_latency_adds_up(llama):
     assert taken.ttft_ms > 0 and taken.tpot_ms > 0 and taken.tpot_spread_ms >= 0
     assert taken.peak_bytes > size(llama).resident_bytes
     assert (taken.prompt, taken.new, taken.batch, taken.dtype) == (8, 4, 2, "float32")
+    assert latency(llama, prompt=8, new=1).tpot_ms > 0
 
 
 def test_the_timed_loop_decodes_what_generate_decodes(llama):

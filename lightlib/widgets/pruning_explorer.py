@@ -89,7 +89,7 @@ def draw(fig: Figure, result: dict) -> None:
         x, y = [100 * s for s, _ in free], [min(p, MOST) for _, p in free]
         right.plot(x, y, MARKS[key], ls="-", ms=6, color=COLORS[key], label=name)
     right.axhline(dense, color=GREY, lw=1, ls=":")
-    right.text(2, dense, "dense", va="bottom", color=GREY, fontsize=10)
+    right.text(74, dense, "dense", ha="right", va="bottom", color=GREY, fontsize=10)
     regular = isinstance(zeros(chosen), str)
     at = 100 * chosen["sparsity"], min(chosen["perplexity"], MOST)
     if regular:
