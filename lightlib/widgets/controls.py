@@ -15,8 +15,8 @@ def arrange(controls: Mapping[str, W.ValueWidget], shown: list[W.ValueWidget]) -
         control.description = control.description or label(name)
     widest = max((len(control.description) for control in shown), default=0)
     for control in shown:
-        control.style.description_width = f"{7.2 * widest + 6:.0f}px"
-        control.layout.width = control.layout.width or f"{7.2 * widest + 190:.0f}px"
+        control.style.description_width = f"{7.2 * widest + 12:.0f}px"
+        control.layout.width = control.layout.width or f"{7.2 * widest + 196:.0f}px"
         control.layout.margin = "2px 18px 2px 0"
 
 

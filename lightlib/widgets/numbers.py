@@ -9,7 +9,15 @@ from lightlib.report import tidy
 
 SCALED = {"_bytes": "B", "_flop": "FLOP", "_flop_per_s": "FLOP/s", "_bytes_per_s": "B/s", "_hz": "Hz"}
 PLAIN = {"_ms": "ms", "_us": "µs", "_s": "s", "_tokens_per_s": "tokens/s"}
-ACRONYMS = {"kv": "KV", "ttft": "TTFT", "tpot": "TPOT", "mlp": "MLP", "rms": "RMS"}
+ACRONYMS = {
+    "kv": "KV",
+    "ttft": "TTFT",
+    "tpot": "TPOT",
+    "mlp": "MLP",
+    "rms": "RMS",
+    "csl": "CSL",
+    "csr": "CSR",
+}
 
 
 def unit_of(name: str) -> str:
