@@ -4,7 +4,15 @@ import torch
 from torch import Tensor, tensor
 
 from lightlib.exercise_data.exercise import Exercise
-from lightlib.sparsity.masks import keep_largest, keep_n_of_m
+
+
+def keep_largest(scores: Tensor, sparsity: float) -> Tensor:
+    drop = scores.argsort(dim=-1, stable=True)[..., : int(scores.shape[-1] * sparsity)]
+    return torch.ones_like(scores, dtype=torch.bool).scatter(-1, drop, False)
+
+
+def keep_n_of_4(scores: Tensor, n: int) -> Tensor:
+    return keep_largest(scores.reshape(-1, 4), 1 - n / 4).view(scores.shape)
 
 
 def damage(w: Tensor, H: Tensor) -> Tensor:
@@ -21,7 +29,7 @@ def wanda_mask(W: Tensor, norms: Tensor, sparsity: float) -> Tensor:
 
 
 def two_of_four(scores: Tensor) -> Tensor:
-    return keep_n_of_m(scores, 2, 4)
+    return keep_n_of_4(scores, 2)
 
 
 def lost_weight(W: Tensor, norms: Tensor, sparsity: float) -> Tensor:
@@ -123,10 +131,10 @@ EXERCISES = {
                 lambda s: keep_largest(s, 0.5),
                 "half of each row stays, but not two of every four.",
             ),
-            (lambda s: ~keep_n_of_m(s, 2, 4), "the other way round: the two largest stay."),
-            (lambda s: keep_n_of_m(s, 1, 4), "one of four stays; two should."),
+            (lambda s: ~keep_n_of_4(s, 2), "the other way round: the two largest stay."),
+            (lambda s: keep_n_of_4(s, 1), "one of four stays; two should."),
             (
-                lambda s: keep_n_of_m(s.T.reshape(-1, 4), 2, 4).view(s.T.shape).T,
+                lambda s: keep_n_of_4(s.T, 2).T,
                 "the groups of four lie along a row, not down a column.",
             ),
         ),

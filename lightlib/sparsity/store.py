@@ -27,8 +27,10 @@ def relayout(
 
     layout: "bitmap", "csr" or "n:m"; "smallest" of the first two; or "fastest": CSR where its product is
     measured to be faster here than a dense one (float32 on a CPU), and as it is elsewhere. Raises ValueError
-    for a mask that breaks the pattern.
+    for an unknown layout, and for a mask that breaks the pattern.
     """
+    if layout not in ("smallest", "fastest", "bitmap", "csr") and ":" not in layout:
+        raise ValueError(f"layout={layout!r}: give bitmap, csr, a pattern like 2:4, smallest or fastest")
     with changing(model, inplace) as light:
         rows = []
         for block in stream_blocks(light, progress=False):

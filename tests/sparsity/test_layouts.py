@@ -179,6 +179,8 @@ def test_a_pattern_is_a_layout_only_for_masks_that_have_it(llama):
     )
     with pytest.raises(ValueError, match="the mask is not 1:4"):
         relayout(light, layout="1:4")
+    with pytest.raises(ValueError, match="layout='coo': give bitmap, csr"):
+        relayout(light, layout="coo")
 
 
 @pytest.mark.parametrize("shape", [(32, 64), (96, 128), (576, 1536)])
