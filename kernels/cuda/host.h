@@ -139,8 +139,10 @@ DEVICE int count_up(int* counter) { return std::atomic_ref<int>(*counter).fetch_
 DEVICE void fence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
 // Run all blocks of `kernel`, one after the other; args[i] points to the i-th argument, as the driver has it.
+// The number of blocks that wrote to shared memory beyond `shared_bytes`.
 template <class... Args>
-void run_grid(void (*kernel)(Args...), Index grid, int threads, void** args) {
+int run_grid(void (*kernel)(Args...), Index grid, int threads, int shared_bytes, void** args) {
+  int astray = 0;
   gridDim = grid;
   std::vector<Warp> warps_of_block((threads + 31) / 32);
   warps = &warps_of_block;
@@ -161,5 +163,7 @@ void run_grid(void (*kernel)(Args...), Index grid, int threads, void** args) {
             }(std::index_sequence_for<Args...>());
           });
         for (std::thread& t : running) t.join();
+        astray += std::any_of(shared_memory + shared_bytes, std::end(shared_memory), [](auto b) { return b != 0xFF; });
       }
+  return astray;
 }

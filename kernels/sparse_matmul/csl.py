@@ -1,7 +1,7 @@
-"""Tiled-CSL: a sparse weight cut into tiles, each value with its place in the tile, in the order of the banks.
+"""Tiled-CSL: a sparse weight in tiles, each value with its place in its tile, in the order of the banks.
 
-Xia et al. 2023, arXiv:2309.10285 (Flash-LLM). The layout is theirs, its limits are not: any shape, any share of
-zeros, fp16 and bf16; the order is found for all tiles at once.
+Xia et al. 2023, arXiv:2309.10285 (Flash-LLM). The layout is theirs, its limits are not: any shape, any share
+of zeros, fp16 and bf16; the order is found for all tiles at once.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ BLOCK = LANES * VECTOR  # words that a warp loads at once
 class CSL:
     """A weight (out, in) of 16-bit values.
 
-    words: int32 (n), the value in the low 16 bits, its slot in the high ones; a tile's words lie together and
-    are a multiple of 4. offsets: int32 (tiles + 1), where each tile begins, in units of 4 words; tiles go row by
-    row. A slot is where the value lands in shared memory: see `slots`.
+    words: int32 (n), the value in the low 16 bits, its slot in the high ones; a tile's words lie together
+    and are a multiple of 4. offsets: int32 (tiles + 1), where each tile begins, in units of 4 words; tiles go
+    row by row. A slot is where the value lands in shared memory: see `slots`.
     """
 
     words: Tensor
@@ -43,7 +43,7 @@ class CSL:
         """The weight (out, in)."""
         tile = torch.arange(len(self.offsets) - 1, device=self.words.device)
         tile = tile.repeat_interleave(4 * self.offsets.diff().long())
-        words = self.words.long() & 0xFFFFFFFF
+        words = self.words.long()
         row, column = place(words >> 16)
         n_tiles = self.tiles[1]
         row, column = tile // n_tiles * ROWS + row, tile % n_tiles * COLUMNS + column
@@ -94,8 +94,8 @@ def encode(weight: Tensor, mask: Tensor | None = None, reorder: bool = True) -> 
         order = by_banks(tile, slot, padded)
         slot, values = slot[order], values[order]
     offsets = torch.cat([padded.new_zeros(1), padded.cumsum(0)]) // VECTOR
-    words = values | slot << 16
-    return CSL((words - (words >> 31 << 32)).int(), offsets.int(), (n_out, n_in), weight.dtype)
+    words = values | slot << 16  # slots have 13 bits, so the sign is never set
+    return CSL(words.int(), offsets.int(), (n_out, n_in), weight.dtype)
 
 
 def padding(tile: Tensor, slot: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,10 +142,10 @@ def by_banks(tile: Tensor, slot: Tensor, counts: Tensor) -> Tensor:
 def conflicts(weight: CSL) -> float:
     """How many times a warp's store of one word a lane takes, on average: 1 if no two words share a bank."""
     total = groups = 0
-    slot = (weight.words.long() & 0xFFFFFFFF) >> 16
+    slot = weight.words.long() >> 16
     for begin, end in zip(weight.offsets[:-1].tolist(), weight.offsets[1:].tolist(), strict=True):
-        for block in slot[4 * begin : 4 * end].split(BLOCK):
-            for word in (block.view(-1, VECTOR).T // 2):  # one word of each lane
+        for block in slot[4 * begin : 4 * end].split(BLOCK) if end > begin else ():
+            for word in block.view(-1, VECTOR).T // 2:  # one word of each lane
                 cells = word.unique()  # two halves of one cell are one access
                 total += (cells % BANKS).bincount().max().item()
                 groups += 1
