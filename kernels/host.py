@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .nvrtc import included
+from lightlib.kernels.nvrtc import included
 
 SHIM = Path(__file__).parent / "cuda"
 

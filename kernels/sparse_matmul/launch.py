@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from math import ceil
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .bitmap import STRIPS, Bitmap
-from .csl import CSL
+from lightlib.kernels.sparse_matmul.bitmap import STRIPS, Bitmap
+from lightlib.kernels.sparse_matmul.csl import CSL
 
 HERE = Path(__file__).parent
 TILE_BYTES = 128 * 64 * 2
@@ -96,4 +97,11 @@ def checked(x: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
 def workspace(grid: tuple[int, int, int], tokens: int, n_out: int, device) -> tuple[Tensor, Tensor]:
     """What blocks that share outputs need: a sum for each of them, and how many have finished."""
     partial = torch.empty(grid[2] * tokens * n_out if grid[2] > 1 else 0, device=device)
-    return partial, torch.zeros(grid[0] * grid[1], dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return partial, counters(grid[0] * grid[1], device, stream)
+
+
+@lru_cache(maxsize=64)
+def counters(count: int, device: torch.device, stream: int) -> Tensor:
+    """Zeros that a kernel counts up and puts back, one set for each stream: no two launches share one."""
+    return torch.zeros(count, dtype=torch.int32, device=device)
