@@ -23,22 +23,15 @@ class SparseKernelLinear(CompactLinear):
     def __init__(self, weight: CSL | Bitmap, bias: Tensor | None = None, ahead: int | None = None):
         n_out, n_in = weight.shape
         super().__init__(n_in, n_out, bias)
-        self.layout = "csl" if isinstance(weight, CSL) else "bitmap"
-        for name in TENSORS[self.layout]:
-            self.register_buffer(name, getattr(weight, name))
-        if self.layout == "csl":
-            # what a kernel is told beside the tensors
-            self.dtype, self.knob = weight.dtype, launch.ahead(weight) if ahead is None else ahead
-        else:
-            self.dtype, self.knob = weight.values.dtype, weight.capacity
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What the layout consists of."""
-        return tuple(getattr(self, name) for name in TENSORS[self.layout])
+        self.layout, self.dtype = "csl" if isinstance(weight, CSL) else "bitmap", weight.dtype
+        self.register_buffer("words", weight.words)
+        self.register_buffer("offsets", weight.offsets)
+        # what a kernel is told beside the tensors: loads under way, or the units of the largest tile
+        self.knob = weight.capacity if self.layout == "bitmap" else ahead or launch.ahead(weight)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        kind, last = (CSL, self.dtype) if self.layout == "csl" else (Bitmap, self.knob)
-        return kind(*self.tensors(), (self.out_features, self.in_features), last).dense().to(dtype)
+        held = self.words, self.offsets, (self.out_features, self.in_features), self.dtype
+        return (CSL(*held) if self.layout == "csl" else Bitmap(*held, self.knob)).dense().to(dtype)
 
     def mask(self) -> Tensor:
         """Which weights (out, in) are not zero."""
@@ -55,24 +48,19 @@ class SparseKernelLinear(CompactLinear):
         if x.dtype != self.dtype or (torch.is_grad_enabled() and x.requires_grad):
             return super().forward(x)
         multiply = op.csl_matmul if self.layout == "csl" else op.bitmap_matmul
-        y = multiply(*self.tensors(), x.reshape(-1, self.in_features), self.out_features, self.knob)
+        y = multiply(self.words, self.offsets, x.reshape(-1, self.in_features), self.out_features, self.knob)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def settings(self) -> dict:
-        sizes = {name: list(getattr(self, name).shape) for name in TENSORS[self.layout]}
-        return {"layout": self.layout, "dtype": str(self.dtype)[6:], "knob": self.knob, "sizes": sizes}
+        sizes = {"words": len(self.words), "offsets": len(self.offsets)}
+        return {"layout": self.layout, "dtype": str(self.dtype)[6:], "knob": self.knob, **sizes}
 
     @classmethod
-    def empty(cls, in_features, out_features, bias=None, *, layout, dtype, knob, sizes):
-        shape, kind = (out_features, in_features), getattr(torch, dtype)
-        zeros = [torch.zeros(n, dtype=kind if name == "values" else torch.int32) for name, n in sizes.items()]
-        if layout == "csl":
-            return cls(CSL(*zeros, shape, kind), bias, ahead=knob)
-        return cls(Bitmap(*zeros, shape, knob), bias)
-
-
-TENSORS = {"csl": ("words", "offsets"), "bitmap": ("masks", "values", "starts")}
+    def empty(cls, in_features, out_features, bias=None, *, layout, dtype, knob, words, offsets):
+        zeros = [torch.zeros(n, dtype=torch.int32) for n in (words, offsets)]
+        held = *zeros, (out_features, in_features), getattr(torch, dtype)
+        return cls(CSL(*held), bias, knob) if layout == "csl" else cls(Bitmap(*held, knob), bias)
 
 
 def attach(model: nn.Module, batches: list[Tensor] | None = None, *, inplace: bool = False) -> Compressed:

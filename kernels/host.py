@@ -45,6 +45,8 @@ def build(source: Path, name: str, macros: tuple[tuple[str, int], ...], sanitize
         "-pthread",
         "-Wall",
         "-Werror",
+        "-Wno-unknown-pragmas",
+        "-fno-strict-aliasing",
         f"-I{SHIM}",
         f"-I{source.parent}",
     ]

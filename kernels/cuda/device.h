@@ -32,6 +32,15 @@ DEVICE Words load_once(const Words* p) {
   return w;
 }
 
+// the half at `at` in shared memory if `bit` is set, and a step to the next one; else 0
+DEVICE u32 take_if(u32 bit, u32& at) {
+  u32 half;
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0; @p ld.shared.u16 %0, [%1]; @p add.u32 %1, %1, 2;}"
+               : "=&r"(half), "+r"(at) : "r"(bit));
+  return half;
+}
+DEVICE u32 pair_of(u32 low, u32 high) { return __byte_perm(low, high, 0x5410); }
+
 // four 8 x 8 matrices of halves; lane 8 i + r gives the address of row r of matrix i
 DEVICE void load_matrices(u32 (&to)[4], const u16* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"

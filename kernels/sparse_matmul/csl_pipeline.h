@@ -1,5 +1,6 @@
 // What v3 and later rungs share: two buffers, the next tile under way while tensor cores multiply this one.
 
+const int COLUMNS = 64;
 #include "tile.h"
 
 const int TILE = ROWS * COLUMNS;
@@ -51,6 +52,7 @@ DEVICE void accumulate(float (&sums)[2][BN / 8][4], const Words* words, const in
   fetch_words(ahead, words, begin, end);
   clear(tiles + from % 2 * TILE, x);
   fetch_inputs(inputs + from % 2 * INPUTS, x, first, from, N, K);
+  commit_copies();
   wait_for_copies<1>();
   __syncthreads();
 
@@ -65,6 +67,7 @@ DEVICE void accumulate(float (&sums)[2][BN / 8][4], const Words* words, const in
       fetch_words(ahead, words, begin, end);
       clear(tiles + (step + 1) % 2 * TILE, x);
       fetch_inputs(inputs + (step + 1) % 2 * INPUTS, x, first, step + 1, N, K);
+      commit_copies();
     }
     multiply(sums, tile, input);
     wait_for_copies<1>();

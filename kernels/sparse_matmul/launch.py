@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightlib.kernels.sparse_matmul.bitmap import STRIPS, Bitmap
+from lightlib.kernels.sparse_matmul.bitmap import Bitmap
 from lightlib.kernels.sparse_matmul.csl import CSL
 
 HERE = Path(__file__).parent
@@ -70,16 +70,15 @@ def csl_matmul(
 def bitmap_matmul(
     weight: Bitmap, x: Tensor, run: Callable, *, splits: int = 1, stages: int = STAGES
 ) -> Tensor:
-    """x (tokens, in) W^T -> (tokens, out) by bitmap_v1; in is a multiple of 8."""
-    x = checked(x, weight.shape, weight.values.dtype)
+    """x (tokens, in) W^T -> (tokens, out) by the kernel `bitmap`; in is a multiple of 8."""
+    x = checked(x, weight.shape, weight.dtype)
     tokens, n_out = len(x), weight.shape[0]
-    knobs = macros(tokens, x.dtype, CAPACITY=ceil(weight.capacity / 256) * 256, STAGES=stages)
+    knobs = macros(tokens, x.dtype, CAPACITY=ceil(weight.capacity / 32) * 32, STAGES=stages)
     grid = weight.tiles[0], ceil(tokens / knobs["BN"]), splits
     y = x.new_empty(tokens, n_out)
-    stage = ceil((STRIPS * 128 + (knobs["CAPACITY"] + 8) * 2 + knobs["BN"] * 128) / 128) * 128
-    work = workspace(grid, tokens, n_out, x.device)
-    args = weight.masks, weight.values, weight.starts, x, y, *work, n_out, *x.shape
-    run(HERE / "bitmap_v1.cu", "bitmap_v1", grid, args, knobs, shared_bytes=stages * stage)
+    args = weight.words, weight.offsets, x, y, *workspace(grid, tokens, n_out, x.device), n_out, *x.shape
+    shared = stages * (knobs["CAPACITY"] * 16 + knobs["BN"] * 256)
+    run(HERE / "bitmap.cu", "bitmap", grid, args, knobs, shared_bytes=shared)
     return y
 
 

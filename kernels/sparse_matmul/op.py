@@ -32,11 +32,9 @@ def csl_matmul(words: Tensor, offsets: Tensor, x: Tensor, n_out: int, ahead: int
 
 
 @torch.library.custom_op("lightlib::bitmap_matmul", mutates_args=())
-def bitmap_matmul(
-    masks: Tensor, values: Tensor, starts: Tensor, x: Tensor, n_out: int, capacity: int
-) -> Tensor:
+def bitmap_matmul(words: Tensor, offsets: Tensor, x: Tensor, n_out: int, capacity: int) -> Tensor:
     """x (tokens, in) W^T -> (tokens, out), W (out, in) as a bitmap for tensor cores."""
-    weight = Bitmap(masks, values, starts, (n_out, x.shape[1]), capacity)
+    weight = Bitmap(words, offsets, (n_out, x.shape[1]), x.dtype, capacity)
     if not runs_here(x):
         return x @ weight.dense().T
     return launch.bitmap_matmul(weight, x, nvrtc.launch, splits=splits(weight.tiles, x))
@@ -48,7 +46,7 @@ def _(words, offsets, x, n_out, ahead):
 
 
 @bitmap_matmul.register_fake
-def _(masks, values, starts, x, n_out, capacity):
+def _(words, offsets, x, n_out, capacity):
     return x.new_empty(len(x), n_out)
 
 
@@ -59,7 +57,7 @@ def csl_flops(words, offsets, x, n_out, ahead, out_shape=None, **_) -> int:
 
 
 @register_flop_formula(torch.ops.lightlib.bitmap_matmul)
-def bitmap_flops(masks, values, starts, x, n_out, capacity, out_shape=None, **_) -> int:
+def bitmap_flops(words, offsets, x, n_out, capacity, out_shape=None, **_) -> int:
     """Those of the dense product: it is what the tensor cores compute."""
     return 2 * prod(x) * n_out
 

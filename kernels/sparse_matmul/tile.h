@@ -1,21 +1,22 @@
-// A tile of the weight, the inputs it meets, and the outputs: what all tensor-core rungs share.
+// Tiles of the weight meet tiles of the inputs: what all tensor-core kernels share. COLUMNS is theirs to say.
 
-const int ROWS = 128, COLUMNS = 64, THREADS = 128, STRIPS = ROWS / 16, INPUTS = BN * COLUMNS;
+const int ROWS = 128, THREADS = 128, STRIPS = ROWS / 16, INPUTS = BN * COLUMNS;
 
 // a chunk of eight halves in row r lies where r says, so that eight rows of one chunk lie in different banks
 DEVICE u16* chunk(u16* tile, int r, int c) { return tile + r * COLUMNS + (c ^ r % 8) * 8; }
 
-// 64 columns of BN inputs set out for shared memory; what lies outside is 0
+// COLUMNS columns of BN inputs set out for shared memory; what lies outside is 0
 DEVICE void fetch_inputs(u16* to, const u16* x, int first, int step, int N, int K) {
-  for (int i = threadIdx.x; i < BN * 8; i += THREADS) {
-    const int n = i / 8, c = i % 8, k = step * COLUMNS + c * 8;
+#pragma unroll
+  for (int i = threadIdx.x; i < BN * COLUMNS / 8; i += THREADS) {
+    const int n = i / (COLUMNS / 8), c = i % (COLUMNS / 8), k = step * COLUMNS + c * 8;
     const bool inside = first + n < N && k < K;
     copy_16(chunk(to, n, c), inside ? x + (u64)(first + n) * K + k : x, inside ? 16 : 0);
   }
-  commit_copies();
 }
 
-// do(row, token, sum) for every output that this thread holds
+// do(row, token, sum) for every output that this thread holds: rows lane / 4 and that + 8 of each strip, tokens
+// 2 (lane % 4) and that + 1 of each eight
 template <class Do>
 DEVICE void for_each_output(float (&sums)[2][BN / 8][4], int M, int N, Do with) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
