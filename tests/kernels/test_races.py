@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +19,21 @@ from tests.kernels.test_sparse_matmul import weight
 RACE = 66
 
 
+@cache
 def sanitizer() -> str:
-    """ThreadSanitizer's library, or "" where there is none."""
+    """ThreadSanitizer's library, or "" where there is none that Python starts with."""
     if not host.compiler():
         return ""
     command = [host.compiler(), "-print-file-name=libtsan.so"]
     found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return found if Path(found).is_absolute() else ""
+    watched = {**os.environ, "LD_PRELOAD": found}
+    works = (
+        Path(found).is_absolute() and not subprocess.run([sys.executable, "-c", ""], env=watched).returncode
+    )
+    return found if works else ""
 
 
-pytestmark = pytest.mark.skipif(not sanitizer(), reason="no g++ with ThreadSanitizer")
+pytestmark = pytest.mark.skipif(not sanitizer(), reason="no g++ with a ThreadSanitizer that works here")
 
 
 def watched(folder: Path, sources: Path, source, name, grid, args, macros, *, shared_bytes) -> None:
