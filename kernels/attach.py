@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightlib.calibration import stream_blocks
 from lightlib.change import changing
 from lightlib.compact import CompactLinear
-from lightlib.kernels.sparse_matmul import bitmap, csl, launch, op
+from lightlib.kernels.sparse_matmul import bitmap, csl, op
 from lightlib.kernels.sparse_matmul.bitmap import Bitmap
 from lightlib.kernels.sparse_matmul.csl import CSL
 from lightlib.report import Compressed, Report
@@ -20,18 +20,22 @@ DENSE_ENOUGH = 0.35  # share of weights that stay from which on the bitmap is re
 class SparseKernelLinear(CompactLinear):
     """y = x W^T + b with W (out, in) in Tiled-CSL or as a bitmap for tensor cores, in 16 bits a value."""
 
-    def __init__(self, weight: CSL | Bitmap, bias: Tensor | None = None, ahead: int | None = None):
+    def __init__(self, weight: CSL | Bitmap, bias: Tensor | None = None):
         n_out, n_in = weight.shape
         super().__init__(n_in, n_out, bias)
         self.layout, self.dtype = "csl" if isinstance(weight, CSL) else "bitmap", weight.dtype
         self.register_buffer("words", weight.words)
         self.register_buffer("offsets", weight.offsets)
-        # what a kernel is told beside the tensors: loads under way, or the units of the largest tile
-        self.knob = weight.capacity if self.layout == "bitmap" else ahead or launch.ahead(weight)
+        # what a kernel is told beside the tensors
+        self.knob = weight.ahead if isinstance(weight, CSL) else weight.capacity
+
+    def packed(self) -> CSL | Bitmap:
+        """The weight in its layout."""
+        shape = self.out_features, self.in_features
+        return LAYOUTS[self.layout](self.words, self.offsets, shape, self.dtype, self.knob)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        held = self.words, self.offsets, (self.out_features, self.in_features), self.dtype
-        return (CSL(*held) if self.layout == "csl" else Bitmap(*held, self.knob)).dense().to(dtype)
+        return self.packed().dense().to(dtype)
 
     def mask(self) -> Tensor:
         """Which weights (out, in) are not zero."""
@@ -47,8 +51,7 @@ class SparseKernelLinear(CompactLinear):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != self.dtype or (torch.is_grad_enabled() and x.requires_grad):
             return super().forward(x)
-        multiply = op.csl_matmul if self.layout == "csl" else op.bitmap_matmul
-        y = multiply(self.words, self.offsets, x.reshape(-1, self.in_features), self.out_features, self.knob)
+        y = op.multiply(self.packed(), x.reshape(-1, self.in_features))
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -59,8 +62,10 @@ class SparseKernelLinear(CompactLinear):
     @classmethod
     def empty(cls, in_features, out_features, bias=None, *, layout, dtype, knob, words, offsets):
         zeros = [torch.zeros(n, dtype=torch.int32) for n in (words, offsets)]
-        held = *zeros, (out_features, in_features), getattr(torch, dtype)
-        return cls(CSL(*held), bias, knob) if layout == "csl" else cls(Bitmap(*held, knob), bias)
+        return cls(LAYOUTS[layout](*zeros, (out_features, in_features), getattr(torch, dtype), knob), bias)
+
+
+LAYOUTS = {"csl": CSL, "bitmap": Bitmap}
 
 
 def attach(model: nn.Module, batches: list[Tensor] | None = None, *, inplace: bool = False) -> Compressed:

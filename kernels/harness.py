@@ -6,7 +6,8 @@ Times are medians of CUDA graphs that walk through enough copies of the weight t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from statistics import median, quantiles
 
 import torch
@@ -14,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightlib.kernels.sparse_matmul import bitmap, csl, op
-from lightlib.kernels.sparse_matmul.launch import ahead
 from lightlib.kernels.sparse_matmul.reference import matmul
 
 ODD = [(1, 8, 1), (130, 136, 5), (257, 520, 17), (384, 1096, 33), (1000, 2048, 64)]  # (out, in, tokens)
+LAYOUTS = {"csl": csl, "bitmap": bitmap}
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 6e-3}  # relative: the rounding of the output
 
 
@@ -58,15 +59,9 @@ def pruned(n_out: int, n_in: int, sparsity: float, dtype: torch.dtype, seed: int
     return (W * (torch.rand(n_out, n_in, generator=generator, device=device) >= sparsity)).to(dtype)
 
 
-def packed(layout: str, W: Tensor) -> tuple[int, Callable[[Tensor], Tensor]]:
-    """(bytes, product) of a weight (out, in) in "csl" or "bitmap"."""
-    if layout == "csl":
-        held = csl.encode(W)
-        knob, multiply = ahead(held), op.csl_matmul
-    else:
-        held = bitmap.encode(W)
-        knob, multiply = held.capacity, op.bitmap_matmul
-    return held.stored_bits() // 8, lambda x: multiply(held.words, held.offsets, x, len(W), knob)
+def packed(layout: str, W: Tensor) -> Callable[[Tensor], Tensor]:
+    """The product with a weight (out, in) in "csl" or "bitmap"."""
+    return partial(op.multiply, LAYOUTS[layout].encode(W))
 
 
 def check(layout: str, device: str = "cuda") -> float:
@@ -77,7 +72,7 @@ def check(layout: str, device: str = "cuda") -> float:
             for dtype, allowed in TOLERANCE.items():
                 W = pruned(n_out, n_in, sparsity, dtype, i, device)
                 x = torch.randn(tokens, n_in, device=device).to(dtype)
-                y, exact = packed(layout, W)[1](x), matmul(W, x)
+                y, exact = packed(layout, W)(x), matmul(W, x)
                 error = ((y.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
                 where = f"{layout} {n_out} x {n_in}, {tokens} tokens, {sparsity:.0%} zeros, {dtype}"
                 assert torch.isfinite(y).all() and error <= allowed, f"{where}: error {error:.2e}"
@@ -132,12 +127,13 @@ def bench(
     """Time one product in bfloat16 beside F.linear on the same dense weight. Speeds: GB/s, TFLOP/s."""
     W = pruned(n_out, n_in, sparsity, torch.bfloat16, 0, "cuda")
     x = torch.randn(tokens, n_in, device="cuda", dtype=torch.bfloat16)
-    stored, _ = packed(layout, W)
-    ways = [packed(layout, W)[1] for _ in range(min(copies_beyond_cache(stored), 64))]
-    ours = timed([lambda way=way: way(x) for way in ways])
-    del ways
+    held = LAYOUTS[layout].encode(W)
+    stored = held.stored_bits() // 8
+    copies = [replace(held, words=held.words.clone()) for _ in range(min(copies_beyond_cache(stored), 64))]
+    ours = timed([partial(op.multiply, copy, x) for copy in copies])
+    del copies
     dense = [W.clone() for _ in range(min(copies_beyond_cache(W.nbytes), 64))]
-    cublas = timed([lambda W=W: F.linear(x, W) for W in dense])
+    cublas = timed([partial(F.linear, x, W) for W in dense])
     moved = stored + x.nbytes + 2 * tokens * n_out
     floor_us = max(moved / copy_speed / 1e3, 2 * tokens * n_out * n_in / matmul_speed / 1e6)
     return Row(

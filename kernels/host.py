@@ -6,17 +6,15 @@ For tests and for reading: a thread of the GPU is a thread of the CPU, so a bloc
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from torch import Tensor
 
-from lightlib.kernels.nvrtc import included
+from lightlib.kernels.nvrtc import included, kept, pointers
 
 SHIM = Path(__file__).parent / "cuda"
 
@@ -53,25 +51,19 @@ def build(source: Path, name: str, macros: tuple[tuple[str, int], ...], sanitize
     flags += [f"-D{key}={value}" for key, value in macros] + (
         [f"-fsanitize={sanitizer}"] if sanitizer else []
     )
-    texts = [
-        main,
-        " ".join(flags),
-        source.read_text(),
-        *included(source).values(),
-        (SHIM / "host.h").read_text(),
-    ]
-    key = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / "lightlib_host"
-    folder.mkdir(exist_ok=True)
-    library = folder / f"{name}-{key}.so"
-    if not library.exists():
+    texts = [source.read_text(), *included(source).values(), (SHIM / "host.h").read_text()]
+
+    def compile_library(file: Path) -> None:
         made = subprocess.run(
-            [compiler(), *flags, "-x", "c++", "-", "-o", str(library)],
-            input=main, capture_output=True, text=True,
-        )  # fmt: skip
+            [compiler(), *flags, "-x", "c++", "-", "-o", str(file)],
+            input=main,
+            capture_output=True,
+            text=True,
+        )
         if made.returncode:
             raise RuntimeError(f"{source.name} does not compile:\n{made.stderr}")
-    return library
+
+    return kept(name, ".so", [main, " ".join(flags), *texts], compile_library)
 
 
 def launch(
@@ -89,7 +81,5 @@ def launch(
     Raises RuntimeError where a block writes to shared memory that it has not asked for.
     """
     library = ctypes.CDLL(str(build(source, name, tuple(sorted(macros.items())), sanitizer)))
-    values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int(a) for a in args]
-    pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-    if library.launch(*grid, shared_bytes, pointers):
+    if library.launch(*grid, shared_bytes, pointers(args)):
         raise RuntimeError(f"{name} writes beyond the {shared_bytes} bytes of shared memory that it has")

@@ -11,7 +11,7 @@ import os
 import re
 import site
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -92,19 +92,34 @@ def _said(nvrtc: ctypes.CDLL, program: ctypes.c_void_p) -> str:
     return log.value.decode()
 
 
+def kept(name: str, suffix: str, depends_on: Sequence[str], make: Callable[[Path], None]) -> Path:
+    """A file in the cache, which `make` writes where it is not there yet; whole or not at all."""
+    key = hashlib.sha256("\0".join(depends_on).encode()).hexdigest()[:24]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightlib"
+    file = Path(os.environ.get("LIGHTLIB_HOME") or cache) / "kernels" / f"{name}-{key}{suffix}"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new = file.with_suffix(f".{os.getpid()}")
+        make(new)
+        new.replace(file)
+    return file
+
+
 def cached_cubin(source: Path, arch: str, macros: Mapping[str, int]) -> bytes:
     """`compile_cubin`, kept on disk by everything that it depends on."""
-    parts = [PRELUDE.read_text(), source.read_text(), *included(source).values(), version(), arch]
-    key = hashlib.sha256("\0".join([*parts, repr(sorted(macros.items()))]).encode()).hexdigest()[:24]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightlib"
-    folder = Path(os.environ.get("LIGHTLIB_HOME") or cache) / "kernels"
-    file = folder / f"{source.stem}-{key}.cubin"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        new = file.with_suffix(f".{os.getpid()}")
-        new.write_bytes(compile_cubin(source, arch, macros))
-        new.replace(file)  # whole or not at all
-    return file.read_bytes()
+    texts = [PRELUDE.read_text(), source.read_text(), *included(source).values()]
+    depends_on = [*texts, version(), arch, repr(sorted(macros.items()))]
+    return kept(
+        source.stem, ".cubin", depends_on, lambda file: file.write_bytes(compile_cubin(source, arch, macros))
+    ).read_bytes()
+
+
+def pointers(args: Sequence[Tensor | int]) -> ctypes.Array:
+    """What both launchers take: where each argument lies, a tensor's address or a whole number of 32 bits."""
+    values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int(a) for a in args]
+    found = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+    found.values = values  # they must live as long as the pointers to them
+    return found
 
 
 @lru_cache(maxsize=1)
@@ -152,7 +167,5 @@ def launch(
     kernel = function(source, name, tuple(sorted(macros.items())), device)
     if shared_bytes > 48 * 1024:
         call("cuFuncSetAttribute", kernel, SHARED_BYTES, shared_bytes)
-    values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int(a) for a in args]
-    pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
     stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-    call("cuLaunchKernel", kernel, *grid, threads, 1, 1, shared_bytes, stream, pointers, None)
+    call("cuLaunchKernel", kernel, *grid, threads, 1, 1, shared_bytes, stream, pointers(args), None)

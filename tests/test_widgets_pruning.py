@@ -1,7 +1,5 @@
 """The explorers of lesson 05: equal to the library's own results and to the algebra, and quick."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -14,9 +12,8 @@ from lightlib.sparsity.wanda import wanda_score
 from lightlib.widgets.layout_calculator import NAMES, SHAPES, bits_a_weight, break_even, layout_calculator
 from lightlib.widgets.loss_bowl import hessian, loss, loss_bowl, pruned
 from lightlib.widgets.pruning_explorer import COLUMNS, ROWS, pruning_explorer, scan, zeros
-from lightlib.zoo import load_model
-from tests.conftest import data_script
 from tests.explorers import is_the_same_twice, redraws_within_200_ms
+from tests.scans import comes_out_again, is_the_whole_plan
 
 
 def some_layer():
@@ -117,13 +114,7 @@ def test_it_says_which_weight_is_the_cheaper_one():
 
 # the scan and the pruning explorer
 def test_the_scan_has_every_point_of_its_plan_once():
-    made, found = data_script("scan_pruning"), scan()
-    assert found["settings"] == data_script("scanning").SETTINGS
-    measured = [
-        json.dumps({key: point[key] for key in made.plan()[0]}, sort_keys=True) for point in found["points"]
-    ]
-    planned = [json.dumps(point, sort_keys=True) for point in made.plan()]
-    assert sorted(measured) == sorted(planned) and len(set(planned)) == len(planned)
+    is_the_whole_plan("scan_pruning", scan())
 
 
 def test_zeros_and_bytes_of_the_scan_are_those_of_the_layouts():
@@ -157,14 +148,8 @@ def test_the_scan_says_what_theory_says():
 
 @pytest.mark.model
 def test_a_point_of_the_scan_comes_out_again():
-    made, scanning = data_script("scan_pruning"), data_script("scanning")
-    model, tokenizer = load_model(scanning.SETTINGS["model"])
-    tests = scanning.windows(tokenizer, **scanning.SETTINGS["test"])
     kept = next(p for p in scan()["points"] if p["method"] == "magnitude" and zeros(p) == 0.3)
-    again = made.measure(model, None, tests, {key: kept[key] for key in made.plan()[0]})
-    same = ("linear_bytes", "stored_bytes", "bits_per_weight", "sparsity")
-    assert {k: again[k] for k in same} == {k: kept[k] for k in same}
-    assert again["perplexity"] == pytest.approx(kept["perplexity"], rel=2e-3)
+    comes_out_again("scan_pruning", kept, ("linear_bytes", "stored_bytes", "bits_per_weight", "sparsity"))
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.7, "2:4"])

@@ -1,7 +1,5 @@
 """The explorers of lesson 03: equal to the library's own results, consistent with the scan, and quick."""
 
-import json
-
 import pytest
 import torch
 
@@ -26,9 +24,9 @@ from lightlib.widgets.weight_only_explorer import (
     title,
     weight_only_explorer,
 )
-from lightlib.zoo import load_model
 from tests.conftest import data_script
 from tests.explorers import is_the_same_twice, redraws_within_200_ms
+from tests.scans import comes_out_again, is_the_whole_plan
 
 
 def layer(n_out=96, n_in=192, seed=0):
@@ -171,13 +169,7 @@ def test_exponent_zero_is_rounding_to_nearest_and_strong_channels_are_stretched(
 
 # the scan and its explorer
 def test_the_scan_has_every_point_of_its_plan_once():
-    made, found = data_script("scan_weight_only"), scan()
-    assert found["settings"] == data_script("scanning").SETTINGS
-    measured = [
-        json.dumps({key: point[key] for key in made.plan()[0]}, sort_keys=True) for point in found["points"]
-    ]
-    planned = [json.dumps(point, sort_keys=True) for point in made.plan()]
-    assert sorted(measured) == sorted(planned) and len(set(planned)) == len(planned)
+    is_the_whole_plan("scan_weight_only", scan())
 
 
 def test_bytes_and_bits_of_the_scan_are_those_of_quant_linear():
@@ -215,15 +207,10 @@ def test_the_scan_says_what_theory_says():
 
 @pytest.mark.model
 def test_a_point_of_the_scan_comes_out_again():
-    made, scanning = data_script("scan_weight_only"), data_script("scanning")
-    model, tokenizer = load_model(scanning.SETTINGS["model"])
-    tests = scanning.windows(tokenizer, **scanning.SETTINGS["test"])
     kept = next(p for p in scan()["points"] if title(p) == "RTN, 4 bits, group 64")
-    again = made.measure(model, None, tests, {key: kept[key] for key in made.plan()[0]})
-    assert {k: again[k] for k in ("linear_bytes", "stored_bytes", "bits_per_weight")} == {
-        k: kept[k] for k in ("linear_bytes", "stored_bytes", "bits_per_weight")
-    }
-    assert again["perplexity"] == pytest.approx(kept["perplexity"], rel=2e-3)
+    model, tests = comes_out_again(
+        "scan_weight_only", kept, ("linear_bytes", "stored_bytes", "bits_per_weight")
+    )
     assert perplexity(model, tests) == pytest.approx(scan()["dense"]["perplexity"], rel=1e-3)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 ROWS, COLUMNS = 128, 64  # of a tile
 SLOTS = ROWS * COLUMNS
 LANES, VECTOR, BANKS = 32, 4, 32  # lanes of a warp; words that a lane loads at once; banks of shared memory
+THREADS, MOST_AHEAD = 128, 16  # of a block; loads that a thread has registers for
 BLOCK = LANES * VECTOR  # words that a warp loads at once
 
 
@@ -24,13 +25,15 @@ class CSL:
 
     words: int32 (n), the value in the low 16 bits, its slot in the high ones; a tile's words lie together
     and are a multiple of 4. offsets: int32 (tiles + 1), where each tile begins, in units of 4 words; tiles go
-    row by row. A slot is where the value lands in shared memory: see `slots`.
+    row by row. ahead: the loads of four words that let each of 128 threads hold its share of nine tiles in
+    ten. A slot is where the value lands in shared memory: see `slots`.
     """
 
     words: Tensor
     offsets: Tensor
     shape: tuple[int, int]
     dtype: torch.dtype
+    ahead: int
 
     @property
     def tiles(self) -> tuple[int, int]:
@@ -94,8 +97,10 @@ def encode(weight: Tensor, mask: Tensor | None = None, reorder: bool = True) -> 
         order = by_banks(tile, slot, padded)
         slot, values = slot[order], values[order]
     offsets = torch.cat([padded.new_zeros(1), padded.cumsum(0)]) // VECTOR
+    vectors = (padded // VECTOR).sort().values[int(0.9 * (count - 1))].item()
+    ahead = max(1, min(MOST_AHEAD, ceil(vectors / THREADS)))
     words = values | slot << 16  # slots have 13 bits, so the sign is never set
-    return CSL(words.int(), offsets.int(), (n_out, n_in), weight.dtype)
+    return CSL(words.int(), offsets.int(), (n_out, n_in), weight.dtype, ahead)
 
 
 def padding(tile: Tensor, slot: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:

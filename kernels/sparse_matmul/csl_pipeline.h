@@ -28,20 +28,6 @@ DEVICE void clear(u16* tile, const void* anywhere) {
   commit_copies();
 }
 
-// each of 4 warps multiplies 32 rows of the tile
-DEVICE void multiply(float (&sums)[2][BN / 8][4], u16* tile, u16* inputs) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int k = 0; k < COLUMNS / 16; k++) {
-    u32 weights[2][4], values[2];
-    for (int m = 0; m < 2; m++)
-      load_matrices(weights[m], chunk(tile, warp * 32 + m * 16 + lane % 16, k * 2 + lane / 16));
-    for (int n = 0; n < BN / 8; n++) {
-      load_matrices(values, chunk(inputs, n * 8 + lane % 8, k * 2 + lane / 8 % 2));
-      for (int m = 0; m < 2; m++) multiply_add(sums[m][n], weights[m], values);
-    }
-  }
-}
-
 // sums += the tiles from step `from` to step `to` times the inputs first, first + 1, ...; bounds: of a row of tiles
 DEVICE void accumulate(float (&sums)[2][BN / 8][4], const Words* words, const int* bounds, const u16* x, int first,
                        int from, int to, int N, int K) {

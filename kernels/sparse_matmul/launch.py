@@ -32,12 +32,6 @@ def splits_for(row_tiles: int, token_tiles: int, steps: int, processors: int) ->
     return max(1, min(steps, ceil(BLOCKS * processors / (row_tiles * token_tiles))))
 
 
-def ahead(weight: CSL) -> int:
-    """The loads of four words that a thread must have under way to hold the next tile, for most tiles."""
-    words = weight.offsets.diff().float().quantile(0.9).item() if len(weight.offsets) > 2 else 2048
-    return max(1, min(16, ceil(words / 128)))
-
-
 def macros(tokens: int, dtype: torch.dtype, **more: int) -> dict[str, int]:
     """What a kernel is compiled for."""
     return {"BN": tokens_at_once(tokens), **({"BF16": 1} if dtype == torch.bfloat16 else {}), **more}
@@ -55,7 +49,7 @@ def csl_matmul(
     """x (tokens, in) W^T -> (tokens, out) by one of the rungs csl_v1 to csl_v4; in is a multiple of 8."""
     x = checked(x, weight.shape, weight.dtype)
     tokens, n_out = len(x), weight.shape[0]
-    knobs = macros(tokens, x.dtype) | ({"VECTORS": vectors or ahead(weight)} if rung > "csl_v2" else {})
+    knobs = macros(tokens, x.dtype) | ({"VECTORS": vectors or weight.ahead} if rung > "csl_v2" else {})
     grid = weight.tiles[0], ceil(tokens / knobs["BN"]), splits
     y = x.new_empty(tokens, n_out)
     work = workspace(grid, tokens, n_out, x.device) if rung == "csl_v4" else ()

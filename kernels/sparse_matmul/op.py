@@ -24,11 +24,11 @@ MANY = 128  # tokens from where on the arithmetic is what takes time, so unpacki
 
 @torch.library.custom_op("lightlib::csl_matmul", mutates_args=())
 def csl_matmul(words: Tensor, offsets: Tensor, x: Tensor, n_out: int, ahead: int) -> Tensor:
-    """x (tokens, in) W^T -> (tokens, out), W (out, in) in Tiled-CSL; ahead: see `launch.ahead`."""
-    weight = CSL(words, offsets, (n_out, x.shape[1]), x.dtype)
+    """x (tokens, in) W^T -> (tokens, out), W (out, in) in Tiled-CSL."""
+    weight = CSL(words, offsets, (n_out, x.shape[1]), x.dtype, ahead)
     if not runs_here(x):
         return x @ weight.dense().T
-    return launch.csl_matmul(weight, x, nvrtc.launch, splits=splits(weight.tiles, x), vectors=ahead)
+    return launch.csl_matmul(weight, x, nvrtc.launch, splits=splits(weight.tiles, x))
 
 
 @torch.library.custom_op("lightlib::bitmap_matmul", mutates_args=())
@@ -60,6 +60,13 @@ def csl_flops(words, offsets, x, n_out, ahead, out_shape=None, **_) -> int:
 def bitmap_flops(words, offsets, x, n_out, capacity, out_shape=None, **_) -> int:
     """Those of the dense product: it is what the tensor cores compute."""
     return 2 * prod(x) * n_out
+
+
+def multiply(weight: CSL | Bitmap, x: Tensor) -> Tensor:
+    """x (tokens, in) W^T -> (tokens, out) by the operation of the weight's layout."""
+    if isinstance(weight, CSL):
+        return csl_matmul(weight.words, weight.offsets, x, weight.shape[0], weight.ahead)
+    return bitmap_matmul(weight.words, weight.offsets, x, weight.shape[0], weight.capacity)
 
 
 def runs_here(x: Tensor) -> bool:

@@ -15,6 +15,20 @@ DEVICE void fetch_inputs(u16* to, const u16* x, int first, int step, int N, int 
   }
 }
 
+// each of 4 warps multiplies 32 rows of a tile in shared memory by the inputs
+DEVICE void multiply(float (&sums)[2][BN / 8][4], u16* tile, u16* inputs) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int k = 0; k < COLUMNS / 16; k++) {
+    u32 weights[2][4], values[2];
+    for (int m = 0; m < 2; m++)
+      load_matrices(weights[m], chunk(tile, warp * 32 + m * 16 + lane % 16, k * 2 + lane / 16));
+    for (int n = 0; n < BN / 8; n++) {
+      load_matrices(values, chunk(inputs, n * 8 + lane % 8, k * 2 + lane / 8 % 2));
+      for (int m = 0; m < 2; m++) multiply_add(sums[m][n], weights[m], values);
+    }
+  }
+}
+
 // do(row, token, sum) for every output that this thread holds: rows lane / 4 and that + 8 of each strip, tokens
 // 2 (lane % 4) and that + 1 of each eight
 template <class Do>

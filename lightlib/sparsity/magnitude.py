@@ -13,7 +13,7 @@ from lightlib.calibration import Gram, stream_blocks
 from lightlib.change import changing
 from lightlib.decoder import find_blocks, linears
 from lightlib.report import Compressed, Report
-from lightlib.sparsity.masks import Sparsity, mask_of, sparsity_for
+from lightlib.sparsity.masks import Sparsity, mask_of, sparsities
 from lightlib.sparsity.store import sparse_linear
 
 SCOPES = ("row", "layer", "global")
@@ -43,15 +43,14 @@ def magnitude(
             sparsity = global_sparsities(light, sparsity)
         rows = []
         for block in stream_blocks(light, batches, device=device, progress=progress, title="magnitude"):
-            grams = block.collect(Gram)
-            for name, linear in block.linears.items():
-                if isinstance(linear, nn.Linear):
-                    whole = f"{block.name}.{name}"
-                    share = sparsity_for(sparsity, whole, linear.in_features)
-                    weight = linear.weight.detach()
-                    mask = mask_of(weight.float().abs(), share, "row" if scope == "row" else "layer")
-                    gram = grams[name].value if name in grams else None
-                    block.replace("magnitude", name, sparse_linear(weight, mask, share, linear.bias), gram)
+            dense = block.dense
+            shares = sparsities(sparsity, block.name, dense)
+            grams = block.collect(Gram, of=tuple(dense))
+            for name, linear in dense.items():
+                weight, share = linear.weight.detach(), shares[name]
+                mask = mask_of(weight.float().abs(), share, "row" if scope == "row" else "layer")
+                gram = grams[name].value if name in grams else None
+                block.replace("magnitude", name, sparse_linear(weight, mask, share, linear.bias), gram)
             rows += block.rows
     return Compressed(light, Report(tuple(rows)))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Sparsity = float | str  # a share of zeros, or a pattern "n:m": n of every m weights in a row stay
 
@@ -56,6 +56,13 @@ def pattern(text: str) -> tuple[int, int]:
     if not (n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m) <= 256):
         raise ValueError(f"sparsity={text!r}: give a share from 0 to 1, or 'n:m' with 0 < n < m, like '2:4'")
     return int(n), int(m)
+
+
+def sparsities(
+    sparsity: Sparsity | Mapping[str, Sparsity], block: str, dense: Mapping[str, nn.Linear]
+) -> dict[str, Sparsity]:
+    """`sparsity_for` each of the `dense` layers of a block."""
+    return {n: sparsity_for(sparsity, f"{block}.{n}", part.in_features) for n, part in dense.items()}
 
 
 def sparsity_for(sparsity: Sparsity | Mapping[str, Sparsity], name: str, n_in: int) -> Sparsity:

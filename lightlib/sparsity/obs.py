@@ -15,7 +15,7 @@ from lightlib.calibration import Gram, stream_blocks
 from lightlib.change import changing
 from lightlib.report import Compressed, Report
 from lightlib.second_order import inverse_factor
-from lightlib.sparsity.masks import dropped, keep_largest, sparsity_for
+from lightlib.sparsity.masks import dropped, keep_largest, sparsities
 from lightlib.sparsity.store import sparse_linear
 
 LARGEST = 2**27  # numbers that the inverses of one chunk of rows may hold
@@ -77,10 +77,11 @@ def obs(
         rows = []
         for block in stream_blocks(light, batches, device=device, progress=progress, title="obs"):
             dense = block.dense
+            shares = sparsities(sparsity, block.name, dense)
             grams = block.collect(Gram, of=tuple(dense))
             for name, linear in dense.items():
                 whole, gram = f"{block.name}.{name}", grams[name].value
-                share = sparsity_for(sparsity, whole, linear.in_features)
+                share = shares[name]
                 if isinstance(share, str):
                     raise ValueError(f"{whole}: obs takes a share of zeros, not {share}; see sparsegpt")
                 if surgeon:

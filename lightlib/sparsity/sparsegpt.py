@@ -15,7 +15,7 @@ from lightlib.change import changing
 from lightlib.machine import one_thread
 from lightlib.report import Compressed, Report
 from lightlib.second_order import inverse_factor
-from lightlib.sparsity.masks import Sparsity, keep_n_of_m, mask_of, pattern, sparsity_for
+from lightlib.sparsity.masks import Sparsity, keep_n_of_m, mask_of, pattern, sparsities
 from lightlib.sparsity.store import sparse_linear
 
 
@@ -84,9 +84,7 @@ def sparsegpt(
         rows = []
         for block in stream_blocks(light, batches, device=device, progress=progress, title="sparsegpt"):
             dense = block.dense
-            shares = {
-                n: sparsity_for(sparsity, f"{block.name}.{n}", part.in_features) for n, part in dense.items()
-            }
+            shares = sparsities(sparsity, block.name, dense)
             grams = block.collect(Gram, of=tuple(dense))
             for name, linear in dense.items():
                 gram, share = grams[name].value, shares[name]

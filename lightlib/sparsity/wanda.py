@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightlib.calibration import Samples, SquaredNorm, stream_blocks, together
 from lightlib.change import changing
 from lightlib.report import Compressed, Report
-from lightlib.sparsity.masks import Sparsity, mask_of, sparsity_for
+from lightlib.sparsity.masks import Sparsity, mask_of, sparsities
 from lightlib.sparsity.store import sparse_linear
 
 
@@ -44,9 +44,7 @@ def wanda(
         rows = []
         for block in stream_blocks(light, batches, device=device, progress=progress, title="wanda"):
             dense = block.dense
-            shares = {
-                n: sparsity_for(sparsity, f"{block.name}.{n}", part.in_features) for n, part in dense.items()
-            }
+            shares = sparsities(sparsity, block.name, dense)
             found = block.collect(together(SquaredNorm, Samples), of=tuple(dense))
             for name, linear in dense.items():
                 norm, samples = (part.value for part in found[name].parts)

@@ -12,7 +12,7 @@ from lightlib.change import changing
 from lightlib.report import Compressed, Report
 from lightlib.sparsity.layouts import encode
 from lightlib.sparsity.linear import SparseLinear
-from lightlib.sparsity.masks import keep_largest, mask_of, sparsity_for
+from lightlib.sparsity.masks import keep_largest, mask_of, sparsities
 from lightlib.sparsity.wanda import wanda_score
 
 
@@ -45,8 +45,7 @@ def wrp(
         rows = []
         for block in stream_blocks(light, batches, device=device, progress=progress, title="wrp"):
             dense = block.dense
-            for name, linear in dense.items():
-                sparsity_for(pattern, f"{block.name}.{name}", linear.in_features)
+            sparsities(pattern, block.name, dense)  # refuses a pattern that does not fit
             found = block.collect(together(SquaredNorm, Samples), of=tuple(dense))
             for name, linear in dense.items():
                 norm, samples = (part.value for part in found[name].parts)

@@ -83,9 +83,7 @@ def draw(fig: Figure, result: dict) -> None:
     chosen, dense = result["chosen"], result["dense"][0]
     for key, name in METHODS.items():
         mine = [p for p in result["points"] if p["method"] == key]
-        free = sorted(
-            (p["sparsity"], p["perplexity"]) for p in mine if zeros(p) != "2:4" and zeros(p) != "4:8"
-        )
+        free = sorted((p["sparsity"], p["perplexity"]) for p in mine if not isinstance(zeros(p), str))
         x, y = [100 * s for s, _ in free], [min(p, MOST) for _, p in free]
         right.plot(x, y, MARKS[key], ls="-", ms=6, color=COLORS[key], label=name)
     right.axhline(dense, color=GREY, lw=1, ls=":")
