@@ -12,7 +12,7 @@ struct alignas(16) Words {  // what one 128-bit load brings
   u32 at[4];
 };
 
-extern __shared__ __align__(128) unsigned char shared_memory[];
+extern __shared__ __align__(256) unsigned char shared_memory[];
 
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -41,14 +41,14 @@ DEVICE u32 take_if(u32 bit, u32& at) {
 }
 DEVICE u32 pair_of(u32 low, u32 high) { return __byte_perm(low, high, 0x5410); }
 
-// four 8 x 8 matrices of halves; lane 8 i + r gives the address of row r of matrix i
-DEVICE void load_matrices(u32 (&to)[4], const u16* row) {
+// four 8 x 8 matrices of halves; lane 8 i + r gives the address in shared memory of row r of matrix i
+DEVICE void load_matrices(u32 (&to)[4], u32 row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(shared_address(row)));
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(row));
 }
-DEVICE void load_matrices(u32 (&to)[2], const u16* row) {
+DEVICE void load_matrices(u32 (&to)[2], u32 row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
-               : "=r"(to[0]), "=r"(to[1]) : "r"(shared_address(row)));
+               : "=r"(to[0]), "=r"(to[1]) : "r"(row));
 }
 
 // c (16 x 8, float) += a (16 x 16) b (16 x 8), on tensor cores

@@ -32,7 +32,7 @@ struct Index {
 
 inline thread_local Index threadIdx;
 inline Index blockIdx, gridDim;
-alignas(128) inline unsigned char shared_memory[232448];
+alignas(256) inline unsigned char shared_memory[232448];
 
 struct Barrier {
   pthread_barrier_t barrier;
@@ -42,7 +42,7 @@ struct Barrier {
 };
 struct Warp {
   Barrier barrier{32};
-  const u16* rows[32];
+  u32 rows[32];
   u32 a[32][4], b[32][2];
 };
 inline Barrier* block_barrier;
@@ -87,13 +87,13 @@ DEVICE u32 take_if(u32 bit, u32& at) {
 DEVICE u32 pair_of(u32 low, u32 high) { return low | high << 16; }
 
 template <int matrices>
-DEVICE void load_matrices(u32 (&to)[matrices], const u16* row) {
+DEVICE void load_matrices(u32 (&to)[matrices], u32 row) {
   Warp& w = warp();
   const int lane = threadIdx.x % 32;
-  assert(lane >= 8 * matrices || (uintptr_t)row % 16 == 0);
+  assert(lane >= 8 * matrices || row % 16 == 0);
   w.rows[lane] = row;
   w.barrier.wait();
-  for (int i = 0; i < matrices; i++) to[i] = *(const u32*)(w.rows[8 * i + lane / 4] + lane % 4 * 2);
+  for (int i = 0; i < matrices; i++) to[i] = *(const u32*)(shared_memory + w.rows[8 * i + lane / 4] + lane % 4 * 4);
   w.barrier.wait();
 }
 

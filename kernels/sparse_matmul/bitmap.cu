@@ -65,12 +65,13 @@ bitmap(const u16* words, const int* offsets, const u16* x, u16* y, float* partia
     const u32 begin = begins(upper | lower << 16);
     const u32 values = shared_address(stage + HEAD);
     u32 next[2] = {values + 2 * (starts[0] + (begin & 0xFFFF)), values + 2 * (starts[1] + (begin >> 16))};
+    const u32 input = shared_address(chunk(inputs, lane % 8, lane / 8 % 2));
 #pragma unroll
     for (int k = 0; k < COLUMNS / 16; k++) {
       u32 weights[2][4], pair[2];
       for (int m = 0; m < 2; m++) decode(weights[m], bits[m][k / 4] >> k % 4 * 8, next[m]);
       for (int n = 0; n < BN / 8; n++) {
-        load_matrices(pair, chunk(inputs, n * 8 + lane % 8, k * 2 + lane / 8 % 2));
+        load_matrices(pair, along(input, k * 2) + n * 8 * COLUMNS * 2);
         for (int m = 0; m < 2; m++) multiply_add(sums[m][n], weights[m], pair);
       }
     }

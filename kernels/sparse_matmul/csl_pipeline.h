@@ -10,22 +10,23 @@ DEVICE void unpack(u16* tile, const Words& w) {
   for (int i = 0; i < 4; i++) tile[w.at[i] >> 16] = (u16)w.at[i];
 }
 
-// a thread's share of the words from `begin` to `end`, as many as it can hold
-DEVICE void fetch_words(Words (&ahead)[AHEAD], const Words* words, int begin, int end) {
-  for (int i = 0; i < AHEAD; i++) {
-    const int v = begin + threadIdx.x + i * THREADS;
-    if (v < end) ahead[i] = load_once(words + v);
-  }
-}
-DEVICE void unpack_words(u16* tile, const Words (&ahead)[AHEAD], const Words* words, int begin, int end) {
+// a thread's share of the `count` loads that make up a tile's words, as many as it can hold
+DEVICE void fetch_words(Words (&ahead)[AHEAD], const Words* words, int count) {
+#pragma unroll
   for (int i = 0; i < AHEAD; i++)
-    if (begin + threadIdx.x + i * THREADS < end) unpack(tile, ahead[i]);
-  for (int v = begin + threadIdx.x + AHEAD * THREADS; v < end; v += THREADS) unpack(tile, load_once(words + v));
+    if (i * THREADS + (int)threadIdx.x < count) ahead[i] = load_once(words + threadIdx.x + i * THREADS);
+}
+DEVICE void unpack_words(u16* tile, const Words (&ahead)[AHEAD], const Words* words, int count) {
+#pragma unroll
+  for (int i = 0; i < AHEAD; i++)
+    if (i * THREADS + (int)threadIdx.x < count) unpack(tile, ahead[i]);
+#pragma unroll 1
+  for (int v = AHEAD * THREADS + threadIdx.x; v < count; v += THREADS) unpack(tile, load_once(words + v));
 }
 
-DEVICE void clear(u16* tile, const void* anywhere) {
-  for (int i = threadIdx.x; i < TILE / 8; i += THREADS) copy_16(tile + i * 8, anywhere, 0);
-  commit_copies();
+DEVICE void clear(u16* tile) {
+#pragma unroll
+  for (int i = 0; i < TILE / 8 / THREADS; i++) ((Words*)tile)[i * THREADS + threadIdx.x] = Words{{0, 0, 0, 0}};
 }
 
 // sums += the tiles from step `from` to step `to` times the inputs first, first + 1, ...; bounds: of a row of tiles
@@ -34,29 +35,28 @@ DEVICE void accumulate(float (&sums)[2][BN / 8][4], const Words* words, const in
   u16* tiles = (u16*)shared_memory;  // two of (128, 64)
   u16* inputs = tiles + 2 * TILE;    // two of (BN, 64)
   Words ahead[AHEAD];
-  int begin = bounds[from], end = bounds[from + 1];
-  fetch_words(ahead, words, begin, end);
-  clear(tiles + from % 2 * TILE, x);
+  const Words* next = words + bounds[from];
+  int count = bounds[from + 1] - bounds[from];
+  fetch_words(ahead, next, count);
+  clear(tiles + from % 2 * TILE);
   fetch_inputs(inputs + from % 2 * INPUTS, x, first, from, N, K);
   commit_copies();
-  wait_for_copies<1>();
   __syncthreads();
 
   for (int step = from; step < to; step++) {
     u16 *tile = tiles + step % 2 * TILE, *input = inputs + step % 2 * INPUTS;
-    unpack_words(tile, ahead, words, begin, end);
+    unpack_words(tile, ahead, next, count);
     wait_for_copies<0>();
     __syncthreads();  // the tile and its inputs are whole
     if (step + 1 < to) {
-      begin = end;
-      end = bounds[step + 2];
-      fetch_words(ahead, words, begin, end);
-      clear(tiles + (step + 1) % 2 * TILE, x);
+      next += count;
+      count = bounds[step + 2] - bounds[step + 1];
+      fetch_words(ahead, next, count);
+      clear(tiles + (step + 1) % 2 * TILE);
       fetch_inputs(inputs + (step + 1) % 2 * INPUTS, x, first, step + 1, N, K);
       commit_copies();
     }
     multiply(sums, tile, input);
-    wait_for_copies<1>();
     __syncthreads();  // the next tile's place is clear, and nobody reads this one any more
   }
 }

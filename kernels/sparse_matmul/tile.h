@@ -1,29 +1,35 @@
 // Tiles of the weight meet tiles of the inputs: what all tensor-core kernels share. COLUMNS is theirs to say.
 
-const int ROWS = 128, THREADS = 128, STRIPS = ROWS / 16, INPUTS = BN * COLUMNS;
+const int ROWS = 128, THREADS = 128, STRIPS = ROWS / 16, INPUTS = BN * COLUMNS, CHUNKS = COLUMNS / 8;
 
 // a chunk of eight halves in row r lies where r says, so that eight rows of one chunk lie in different banks
-DEVICE u16* chunk(u16* tile, int r, int c) { return tile + r * COLUMNS + (c ^ r % 8) * 8; }
+DEVICE u16* chunk(u16* tile, u32 r, u32 c) { return tile + r * COLUMNS + (c ^ r % 8) * 8; }
+// from a chunk of an even number to the one `more` after it, an even number too: the row does not change
+DEVICE u32 along(u32 address, u32 more) { return address ^ more * 16; }
 
 // COLUMNS columns of BN inputs set out for shared memory; what lies outside is 0
 DEVICE void fetch_inputs(u16* to, const u16* x, int first, int step, int N, int K) {
+  const u32 row = threadIdx.x / CHUNKS, c = threadIdx.x % CHUNKS;
+  const int k = step * COLUMNS + c * 8;
 #pragma unroll
-  for (int i = threadIdx.x; i < BN * COLUMNS / 8; i += THREADS) {
-    const int n = i / (COLUMNS / 8), c = i % (COLUMNS / 8), k = step * COLUMNS + c * 8;
+  for (int i = 0; i < BN; i += THREADS / CHUNKS) {
+    const int n = i + row;
     const bool inside = first + n < N && k < K;
-    copy_16(chunk(to, n, c), inside ? x + (u64)(first + n) * K + k : x, inside ? 16 : 0);
+    if (n < BN) copy_16(chunk(to, n, c), inside ? x + (u64)(first + n) * K + k : x, inside ? 16 : 0);
   }
 }
 
 // each of 4 warps multiplies 32 rows of a tile in shared memory by the inputs
 DEVICE void multiply(float (&sums)[2][BN / 8][4], u16* tile, u16* inputs) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int k = 0; k < COLUMNS / 16; k++) {
+  const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const u32 upper = shared_address(chunk(tile, warp * 32 + lane % 16, lane / 16));
+  const u32 input = shared_address(chunk(inputs, lane % 8, lane / 8 % 2));
+#pragma unroll
+  for (int k = 0; k < CHUNKS; k += 2) {
     u32 weights[2][4], values[2];
-    for (int m = 0; m < 2; m++)
-      load_matrices(weights[m], chunk(tile, warp * 32 + m * 16 + lane % 16, k * 2 + lane / 16));
+    for (int m = 0; m < 2; m++) load_matrices(weights[m], along(upper, k) + m * 16 * COLUMNS * 2);
     for (int n = 0; n < BN / 8; n++) {
-      load_matrices(values, chunk(inputs, n * 8 + lane % 8, k * 2 + lane / 8 % 2));
+      load_matrices(values, along(input, k) + n * 8 * COLUMNS * 2);
       for (int m = 0; m < 2; m++) multiply_add(sums[m][n], weights[m], values);
     }
   }
