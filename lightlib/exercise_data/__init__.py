@@ -1,8 +1,13 @@
 """The exercises of all lessons, by name: "NN.what"."""
 
-from lightlib.exercise_data import numbers, outliers, pruning, start_here, weight_only
+from lightlib.exercise_data import numbers, outliers, pruning, sparse_kernels, start_here, weight_only
 from lightlib.exercise_data.exercise import Exercise
 
 EXERCISES: dict[str, Exercise] = (
-    start_here.EXERCISES | numbers.EXERCISES | outliers.EXERCISES | weight_only.EXERCISES | pruning.EXERCISES
+    start_here.EXERCISES
+    | numbers.EXERCISES
+    | outliers.EXERCISES
+    | weight_only.EXERCISES
+    | pruning.EXERCISES
+    | sparse_kernels.EXERCISES
 )
