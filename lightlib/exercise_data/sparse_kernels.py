@@ -39,8 +39,8 @@ BYTES = 3.25
 EXERCISES = {
     "06.unpack": Exercise(
         "Write unpack(words, n_out, n_in): the tile (n_out, n_in) of 16-bit whole numbers that Tiled-CSL "
-        "words stand for: the value in the low 16 bits of a word, its slot, row x n_in + column, in the high ones. "
-        "What no word names is 0.",
+        "words stand for: the value in the low 16 bits of a word, its slot, row x n_in + column, in the "
+        "high ones. What no word names is 0.",
         unpack,
         cases=((WORDS, 3, 4), (FEW, 2, 2)),
         slips=(
