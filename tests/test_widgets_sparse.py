@@ -365,7 +365,7 @@ def test_all_words_of_the_tile_are_stored_once():
     groups = stores(tile)
     assert sum(map(len, groups)) == len(tile.words) and max(map(len, groups)) == 32
     cells = np.sort(np.concatenate(groups))
-    assert np.array_equal(cells, np.sort((tile.words.long() >> 16).numpy() // 2))
+    assert np.array_equal(cells, np.sort((tile.words.long() >> 17).numpy() // 2))
 
 
 def test_a_tile_with_more_zeros_has_fewer_stores_and_the_slider_follows():

@@ -70,6 +70,7 @@ bitmap(const u16* words, const int* offsets, const u16* x, u16* y, float* partia
     for (int k = 0; k < COLUMNS / 16; k++) {
       u32 weights[2][4], pair[2];
       for (int m = 0; m < 2; m++) decode(weights[m], bits[m][k / 4] >> k % 4 * 8, next[m]);
+#pragma unroll
       for (int n = 0; n < BN / 8; n++) {
         load_matrices(pair, along(input, k * 2) + n * 8 * COLUMNS * 2);
         for (int m = 0; m < 2; m++) multiply_add(sums[m][n], weights[m], pair);

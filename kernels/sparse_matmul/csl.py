@@ -23,10 +23,10 @@ BLOCK = LANES * VECTOR  # words that a warp loads at once
 class CSL:
     """A weight (out, in) of 16-bit values.
 
-    words: int32 (n), the value in the low 16 bits, its slot in the high ones; a tile's words lie together
-    and are a multiple of 4. offsets: int32 (tiles + 1), where each tile begins, in units of 4 words; tiles go
-    row by row. ahead: the loads of four words that let each of 128 threads hold its share of nine tiles in
-    ten. A slot is where the value lands in shared memory: see `slots`.
+    words: int32 (n), the value in the low 16 bits, where it lands in the high ones: in bytes, twice its slot
+    (see `slots`). A tile's words lie together and are a multiple of 4. offsets: int32 (tiles + 1), where each
+    tile begins, in units of 4 words; tiles go row by row. ahead: the loads of four words that let each of 128
+    threads hold its share of nine tiles in ten.
     """
 
     words: Tensor
@@ -47,7 +47,7 @@ class CSL:
         tile = torch.arange(len(self.offsets) - 1, device=self.words.device)
         tile = tile.repeat_interleave(4 * self.offsets.diff().long())
         words = self.words.long()
-        row, column = place(words >> 16)
+        row, column = place(words >> 17)
         n_tiles = self.tiles[1]
         row, column = tile // n_tiles * ROWS + row, tile % n_tiles * COLUMNS + column
         padded = torch.zeros(self.tiles[0] * ROWS, n_tiles * COLUMNS, dtype=torch.int16, device=words.device)
@@ -99,7 +99,7 @@ def encode(weight: Tensor, mask: Tensor | None = None, reorder: bool = True) -> 
     offsets = torch.cat([padded.new_zeros(1), padded.cumsum(0)]) // VECTOR
     vectors = (padded // VECTOR).sort().values[int(0.9 * (count - 1))].item()
     ahead = max(1, min(MOST_AHEAD, ceil(vectors / THREADS)))
-    words = values | slot << 16  # slots have 13 bits, so the sign is never set
+    words = values | slot << 17  # slots have 13 bits, so the sign is never set
     return CSL(words.int(), offsets.int(), (n_out, n_in), weight.dtype, ahead)
 
 
@@ -147,7 +147,7 @@ def by_banks(tile: Tensor, slot: Tensor, counts: Tensor) -> Tensor:
 def conflicts(weight: CSL) -> float:
     """How many times a warp's store of one word a lane takes, on average: 1 if no two words share a bank."""
     total = groups = 0
-    slot = weight.words.long() >> 16
+    slot = weight.words.long() >> 17
     for begin, end in zip(weight.offsets[:-1].tolist(), weight.offsets[1:].tolist(), strict=True):
         for block in slot[4 * begin : 4 * end].split(BLOCK) if end > begin else ():
             for word in block.view(-1, VECTOR).T // 2:  # one word of each lane

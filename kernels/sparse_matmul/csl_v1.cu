@@ -24,7 +24,7 @@ csl_v1(const Words* words, const int* offsets, const u16* x, u16* y, int M, int 
     const int t = blockIdx.x * steps + step;
     for (int v = offsets[t] + thread; v < offsets[t + 1]; v += THREADS) {
       const Words w = words[v];
-      for (int i = 0; i < 4; i++) tile[w.at[i] >> 16] = (u16)w.at[i];
+      for (int i = 0; i < 4; i++) tile[w.at[i] >> 17] = (u16)w.at[i];
     }
     __syncthreads();
     for (int k = 0; k < COLUMNS; k++) {

@@ -18,7 +18,7 @@ csl_v2(const Words* words, const int* offsets, const u16* x, u16* y, int M, int 
     const int t = blockIdx.x * steps + step;
     for (int v = offsets[t] + thread; v < offsets[t + 1]; v += THREADS) {
       const Words w = load_once(words + v);
-      for (int i = 0; i < 4; i++) tile[w.at[i] >> 16] = (u16)w.at[i];
+      for (int i = 0; i < 4; i++) tile[w.at[i] >> 17] = (u16)w.at[i];
     }
     wait_for_copies<0>();
     __syncthreads();

@@ -9,6 +9,6 @@ csl_v4(const Words* words, const int* offsets, const u16* x, u16* y, float* part
   const int steps = (K + COLUMNS - 1) / COLUMNS, splits = gridDim.z;
   const int from = steps * blockIdx.z / splits, to = steps * (blockIdx.z + 1) / splits;
   float sums[2][BN / 8][4] = {};
-  accumulate(sums, words, offsets + blockIdx.x * steps, x, blockIdx.y * BN, from, to, N, K);
+  accumulate<Quads>(sums, words, offsets + blockIdx.x * steps, x, blockIdx.y * BN, from, to, N, K);
   store(sums, y, partial, finished, M, N);
 }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightlib.kernels.sparse_matmul.bitmap import Bitmap
+from lightlib.kernels.sparse_matmul.compact import CompactCSL
 from lightlib.kernels.sparse_matmul.csl import CSL
 
 HERE = Path(__file__).parent
@@ -58,6 +59,21 @@ def csl_matmul(
         HERE / f"{rung}.cu", rung, grid, (weight.words, weight.offsets, x, y, *work, n_out, *x.shape), knobs,
         shared_bytes=buffers * (TILE_BYTES + knobs["BN"] * 128),
     )  # fmt: skip
+    return y
+
+
+def compact_matmul(
+    weight: CompactCSL, x: Tensor, run: Callable, *, splits: int = 1, vectors: int | None = None
+) -> Tensor:
+    """x (tokens, in) W^T -> (tokens, out) by the rung csl_v5; in is a multiple of 8."""
+    x = checked(x, weight.shape, weight.dtype)
+    tokens, n_out = len(x), weight.shape[0]
+    knobs = macros(tokens, x.dtype, VECTORS=vectors or weight.ahead)
+    grid = weight.tiles[0], ceil(tokens / knobs["BN"]), splits
+    y = x.new_empty(tokens, n_out)
+    args = weight.words, weight.offsets, x, y, *workspace(grid, tokens, n_out, x.device), n_out, *x.shape
+    shared = 2 * (TILE_BYTES + knobs["BN"] * 128)
+    run(HERE / "csl_v5.cu", "csl_v5", grid, args, knobs, shared_bytes=shared)
     return y
 
 

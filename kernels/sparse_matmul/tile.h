@@ -28,6 +28,7 @@ DEVICE void multiply(float (&sums)[2][BN / 8][4], u16* tile, u16* inputs) {
   for (int k = 0; k < CHUNKS; k += 2) {
     u32 weights[2][4], values[2];
     for (int m = 0; m < 2; m++) load_matrices(weights[m], along(upper, k) + m * 16 * COLUMNS * 2);
+#pragma unroll
     for (int n = 0; n < BN / 8; n++) {
       load_matrices(values, along(input, k) + n * 8 * COLUMNS * 2);
       for (int m = 0; m < 2; m++) multiply_add(sums[m][n], weights[m], values);
@@ -40,7 +41,9 @@ DEVICE void multiply(float (&sums)[2][BN / 8][4], u16* tile, u16* inputs) {
 template <class Do>
 DEVICE void for_each_output(float (&sums)[2][BN / 8][4], int M, int N, Do with) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
   for (int m = 0; m < 2; m++)
+#pragma unroll
     for (int n = 0; n < BN / 8; n++)
       for (int i = 0; i < 4; i++) {
         const int row = blockIdx.x * ROWS + warp * 32 + m * 16 + lane / 4 + i / 2 * 8;

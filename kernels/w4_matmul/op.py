@@ -9,12 +9,12 @@ from __future__ import annotations
 import warnings
 from functools import lru_cache
 from math import prod
-from subprocess import SubprocessError
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from lightlib.kernels import triton_driver
 from lightlib.kernels.w4_matmul.packed import Packed
 
 MANY = 128  # tokens from where on the arithmetic is what takes time, so unpacking once pays
@@ -64,11 +64,6 @@ def runs_here(x: Tensor) -> bool:
 @lru_cache(maxsize=1)
 def missing() -> str:
     """Why Triton cannot run here, said once as a warning; or ""."""
-    try:
-        from triton.runtime import driver
-
-        driver.active.get_current_target()  # builds what launches kernels, with a C compiler
-    except (ImportError, OSError, RuntimeError, SubprocessError) as error:
-        warnings.warn(f"codes are unpacked for each product, since Triton cannot run: {error}", stacklevel=2)
-        return f"Triton cannot run: {error}"
-    return ""
+    if reason := triton_driver.missing():
+        warnings.warn(f"codes are unpacked for each product, since {reason}", stacklevel=2)
+    return reason

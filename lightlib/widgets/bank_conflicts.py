@@ -31,7 +31,7 @@ def packed(sparsity: int, reorder: bool) -> csl.CSL:
 
 def stores(tile: csl.CSL) -> list[np.ndarray]:
     """The 32-bit cells of shared memory that each store of a warp writes to, one a lane."""
-    cells = (tile.words.long() >> 16) // 2  # (words)
+    cells = (tile.words.long() >> 17) // 2  # (words)
     blocks = (block.view(-1, csl.VECTOR).T for block in cells.split(csl.BLOCK))
     return [word.numpy() for block in blocks for word in block]
 

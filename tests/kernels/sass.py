@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
+from lightlib.kernels import nvrtc
+
+
+def no_compiler() -> str:
+    """Why no .cu file can be compiled and read here, or ""."""
+    if not importlib.util.find_spec("triton"):
+        return "no tools that read machine code, which come with Triton"
+    try:
+        return "" if shutil.which("nvcc") else nvrtc.library() and ""
+    except nvrtc.Unavailable:
+        return "neither nvcc nor NVRTC to compile kernels with"
+
+
+def compiled(source: Path, arch: str, **macros: int) -> bytes:
+    """The cubin of a .cu file, by nvcc if it is there, or by NVRTC."""
+    if not shutil.which("nvcc"):
+        return nvrtc.compile_cubin(source, arch, macros)
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        defined = [f"-D{name}={value}" for name, value in macros.items()]
+        flags = [f"-arch={arch}", "-std=c++17", f"-I{source.parent}", "-include", str(nvrtc.PRELUDE)]
+        command = ["nvcc", "-cubin", *flags, *defined, "-o", file.name, str(source)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        return Path(file.name).read_bytes()
+
 
 def main_loop(cubin: bytes) -> list[str]:
-    """The instructions of the longest loop: from where a branch leads back to, up to the branch.
+    """The instructions of the loop in which most tensor products lie, or else of the longest one.
 
-    Raises ValueError for code without a loop.
+    A loop goes from where a branch leads back to, up to the branch. Raises ValueError for code without one.
     """
     code, labels, loops = [], {}, [[]]
     for line in said("nvdisasm", "-c", cubin=cubin).splitlines():
@@ -25,7 +51,7 @@ def main_loop(cubin: bytes) -> list[str]:
                 loops.append(code[labels[branch[1]] :])
     if loops == [[]]:
         raise ValueError("the code has no loop")
-    return max(loops, key=len)
+    return max(loops, key=lambda loop: (sum("MMA." in instruction for instruction in loop), len(loop)))
 
 
 def opcodes(instructions: list[str]) -> list[str]:

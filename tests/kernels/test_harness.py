@@ -3,40 +3,77 @@
 import pytest
 import torch
 
-from lightlib.kernels import bench, harness, nvrtc
+from lightlib.kernels import bench, harness, nvrtc, triton_driver
+from lightlib.kernels.flash_attention import bench as attention_bench
+from lightlib.kernels.flash_attention import op as attention_op
+from lightlib.kernels.sparse_matmul import bench as sparse_bench
 from lightlib.kernels.sparse_matmul import op
+from lightlib.kernels.sparse_matmul.bench import pruned
 from lightlib.kernels.sparse_matmul.launch import HERE
+from lightlib.kernels.sparse_matmul.layouts import LAYOUTS
+from lightlib.kernels.w4_matmul import bench as int_bench
+from lightlib.kernels.w4_matmul import op as int_op
 
 
-@pytest.mark.parametrize("layout", ["csl", "bitmap"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_is_right_passes_and_what_is_wrong_is_named(layout, monkeypatch):
-    assert 0 < harness.check(layout, "cpu") < 6e-3
-    right = getattr(op, f"{layout}_matmul")
+    assert 0 < sparse_bench.check(layout, "cpu") < 6e-3
+    right = op.multiply
 
-    def forgets_a_token(*args):
-        y = right(*args).clone()
+    def forgets_a_token(weight, x):
+        y = right(weight, x).clone()
         y[-1] = 0
         return y
 
-    monkeypatch.setattr(op, f"{layout}_matmul", forgets_a_token)
+    monkeypatch.setattr(op, "multiply", forgets_a_token)
     with pytest.raises(AssertionError, match=f"{layout} 1 x 8, 1 tokens, 0% zeros"):
-        harness.check(layout, "cpu")
-    monkeypatch.setattr(op, f"{layout}_matmul", lambda *args: right(*args) * float("nan"))
+        sparse_bench.check(layout, "cpu")
+    monkeypatch.setattr(op, "multiply", lambda weight, x: right(weight, x) * float("nan"))
     with pytest.raises(AssertionError, match=f"{layout} 1 x 8"):
-        harness.check(layout, "cpu")
+        sparse_bench.check(layout, "cpu")
+
+
+def test_integer_and_attention_checks_pass_and_stop(monkeypatch):
+    assert 0 < int_bench.check(4, "cpu") < 6e-3 and 0 < int_bench.check(8, "cpu") < 6e-3
+    assert 0 < attention_bench.check("cpu") < 1.2e-2
+    right = int_op.multiply
+    monkeypatch.setattr(int_op, "multiply", lambda weight, x: right(weight, x) * 1.02)
+    with pytest.raises(AssertionError, match="int4 130 x 32, groups of 32, 1 tokens, zero: middle"):
+        int_bench.check(4, "cpu")
+    monkeypatch.setattr(attention_op, "decode", lambda q, k, v: q)
+    with pytest.raises(AssertionError, match="decode"):
+        attention_bench.check("cpu")
+
+
+def test_memory_that_nobody_wrote_is_poisoned_only_inside():
+    with harness.poisoned():
+        assert torch.empty(1000).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_floor_is_the_longer_of_moving_and_computing():
+    limits = harness.Limits(copy_gb_per_s=1000, matmul_tflop_per_s=100)
+    assert limits.floor_us(1e6, 0) == pytest.approx(1) and limits.floor_us(1e6, 3e8) == pytest.approx(3)
 
 
 def test_a_pruned_weight_has_the_zeros_that_were_asked_for():
-    W = harness.pruned(500, 400, 0.7, torch.bfloat16, 0, "cpu")
+    W = pruned(500, 400, 0.7, torch.bfloat16, 0, "cpu")
     assert (W == 0).float().mean() == pytest.approx(0.7, abs=0.01)
-    assert torch.equal(W, harness.pruned(500, 400, 0.7, torch.bfloat16, 0, "cpu"))
+    assert torch.equal(W, pruned(500, 400, 0.7, torch.bfloat16, 0, "cpu"))
 
 
-def test_the_bench_covers_every_shape_and_both_layouts():
-    points = bench.points(quick=False)
-    assert len(points) == len(set(points)) == 4 * 5 * 5 * 2
-    assert {point[1:3] for point in points} == set(bench.SHAPES.values())
-    assert set(bench.points(quick=True)) <= set(points)
+def test_uneven_zeros_leave_rows_alike_and_columns_not():
+    W = pruned(500, 400, 0.7, torch.bfloat16, 0, "cpu", uneven=True) != 0
+    assert set(W.sum(1).tolist()) == {120}
+    share = W.float().mean(0)
+    assert share.max() > 0.9 and share.min() < 0.1
+
+
+def test_the_bench_covers_every_shape():
+    shapes, tokens = bench.points(quick=False)
+    assert shapes == list(bench.SHAPES.values()) and {1, 2, 16, 64} <= set(tokens)
+    few, some = bench.points(quick=True)
+    assert set(few) < set(shapes) and set(some) < set(tokens)
 
 
 def test_without_a_gpu_the_bench_says_what_to_do(monkeypatch):
@@ -73,14 +110,17 @@ def test_headers_are_found_through_headers():
     assert nvrtc.included(HERE / "csl_v1.cu") == {}
 
 
-def test_without_nvrtc_weights_are_unpacked_and_the_reason_is_said_once(monkeypatch, recwarn):
+@pytest.mark.parametrize(
+    ("triton", "instead"),
+    [("", "multiplied by slower Triton kernels"), ("Triton is not installed", "unpacked for each product")],
+)
+def test_without_nvrtc_others_take_over_and_the_reason_is_said_once(monkeypatch, recwarn, triton, instead):
     def gone():
         raise nvrtc.Unavailable("NVRTC was not found")
 
     monkeypatch.setattr(nvrtc, "library", gone)
+    monkeypatch.setattr(triton_driver, "missing", lambda: triton)
     op.missing.cache_clear()
     assert [op.missing(), op.missing()] == ["NVRTC was not found"] * 2
-    assert [str(w.message) for w in recwarn] == [
-        "sparse weights are unpacked for each product, since NVRTC was not found"
-    ]
+    assert [str(w.message) for w in recwarn] == [f"sparse weights are {instead}, since NVRTC was not found"]
     op.missing.cache_clear()

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from lightlib.kernels import host
-from lightlib.kernels.sparse_matmul import bitmap, csl
-from lightlib.kernels.sparse_matmul.launch import HERE, bitmap_matmul, csl_matmul
+from lightlib.kernels.sparse_matmul import bitmap, compact, csl
+from lightlib.kernels.sparse_matmul.launch import HERE, bitmap_matmul, compact_matmul, csl_matmul
 from tests.kernels.test_sparse_matmul import weight
 
 RACE = 66
@@ -59,6 +59,7 @@ RUNGS = {
     "csl_v1": (csl, partial(csl_matmul, rung="csl_v1")),
     "csl_v2": (csl, partial(csl_matmul, rung="csl_v2")),
     "csl_v4": (csl, partial(csl_matmul, rung="csl_v4", splits=2)),
+    "csl_v5": (compact, partial(compact_matmul, splits=2)),
     "bitmap": (bitmap, partial(bitmap_matmul, splits=2)),
 }
 
