@@ -33,6 +33,11 @@ class LayerFacts:
     floor_ms: float
     bound: str  # "memory", "compute" or "overhead"
 
+    @property
+    def of_roofline(self) -> float:
+        """The share of the speed that its bytes and FLOPs allow here."""
+        return self.floor_ms / self.measured_ms
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -76,14 +81,14 @@ class Explanation:
             "dense MB",
             "ms a token",
             "floor ms",
+            "of roofline",
         )
         keys = ("stored_bytes", "dense_bytes", "measured_ms", "floor_ms")
         lines = []
         for (kind, speed, path, bound), layers in kinds.items():
             stored, dense, ms, floor = (sum(getattr(x, key) for x in layers) for key in keys)
-            lines.append(
-                (len(layers), kind, speed, path, bound, *map(tidy, (stored / 1e6, dense / 1e6, ms, floor)))
-            )
+            numbers = map(tidy, (stored / 1e6, dense / 1e6, ms, floor))
+            lines.append((len(layers), kind, speed, path, bound, *numbers, f"{floor / ms:.0%}"))
         return f"<p>{html.escape(self.sentence)}</p>{parts}{table(head, lines)}"
 
 
@@ -143,7 +148,11 @@ def _speed(layers: tuple[LayerFacts, ...]) -> str:
         reason = Counter(simulated).most_common(1)[0][0]
         return f"its speed is simulated in {len(simulated)} of {len(packed)} packed layers, since {reason}"
     if packed:
-        return f"its speed is real: {packed[0].path} multiplies the packed codes of all {len(packed)} layers"
+        share = sum(layer.floor_ms for layer in packed) / sum(layer.measured_ms for layer in packed)
+        return (
+            f"its speed is real: {packed[0].path} multiplies the packed weights of all {len(packed)} layers, "
+            f"at {share:.0%} of their roofline"
+        )
     return "its speed is that of the dense model"
 
 

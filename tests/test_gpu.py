@@ -49,7 +49,7 @@ def test_explain_names_the_packed_matmul_that_runs_in_bfloat16_and_why_none_does
     light = rtn(real[0], grid=Int(4, group_size=64), progress=False).model
     assert "speed is simulated in 210 of 210 packed layers" in explain(light, 16, 3).sentence
     told = explain(cast(light, torch.bfloat16), 16, 3)
-    assert "aten::_weight_int4pack_mm multiplies the packed codes of all 210 layers" in told.sentence
+    assert "aten::_weight_int4pack_mm multiplies the packed weights of all 210 layers, at" in told.sentence
 
 
 def test_one_block_at_a_time_is_moved_to_the_device(calib):

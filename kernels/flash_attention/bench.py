@@ -66,11 +66,11 @@ def check(device: str = "cuda") -> float:
     return worst
 
 
-def bench(limits: Limits) -> Iterator[Row]:
+def bench(limits: Limits, device: str = "cuda") -> Iterator[Row]:
     """Time all SHAPES."""
     for name, shape in SHAPES.items():
         B, H, K, T, S, D = shape
-        q, k, v = made(shape, torch.bfloat16, "cuda")
+        q, k, v = made(shape, torch.bfloat16, device)
         ours = partial(op.decode, q, k, v) if T == 1 else partial(op.attention, q, k, v, True)
         sdpa = partial(F.scaled_dot_product_attention, q, k, v, is_causal=T > 1, enable_gqa=True)
         flop = 4 * B * H * T * S * D / (2 if T > 1 else 1)

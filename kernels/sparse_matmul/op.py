@@ -31,9 +31,10 @@ def sparse_matmul(layout: str, tensors: Sequence[Tensor], x: Tensor, n_out: int,
     how = way(layout, len(x)) if x.is_cuda else "torch"
     if how == "cuda":
         return KERNELS[layout](weight, x, nvrtc.launch, splits=splits(weight.tiles, x))
-    if how == "triton":
-        return by_triton(layout, weight, x)
-    return x @ (expanded(layout, weight) if how == "expand" else weight.dense()).T
+    if how == "torch":
+        return x @ weight.dense().T
+    with torch.cuda.device(x.device):
+        return by_triton(layout, weight, x) if how == "triton" else x @ expanded(layout, weight).T
 
 
 @sparse_matmul.register_fake

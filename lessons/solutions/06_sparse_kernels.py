@@ -36,5 +36,5 @@ def step_us(load, extract, multiply, buffers):
 check("06.step_us", step_us)
 
 # %% exercise:06.pays_from
-pays_from = 1 - 2 / 3.25
+pays_from = 1 - 2 * 8 / 25
 check("06.pays_from", pays_from)

@@ -34,7 +34,7 @@ WORDS = tensor([5 | 2 << 16, 7 | 0 << 16, 1 | 11 << 16, 9 | 6 << 16])
 FEW = tensor([1000 | 1 << 16, 3 | 3 << 16])
 SPREAD, ONE_BANK = torch.arange(0, 64, 2), torch.arange(32) * 64
 MIXED = torch.cat([torch.arange(0, 56, 2), tensor([64, 128, 66, 70])])
-BYTES = 3.25
+BYTES = 25 / 8
 
 EXERCISES = {
     "06.unpack": Exercise(
@@ -118,7 +118,7 @@ EXERCISES = {
         hints=("two sides work at once: the load, and extract + multiply.", "max(load, extract + multiply)"),
     ),
     "06.pays_from": Exercise(
-        "The compact form takes 3.25 bytes for each weight that stays. From which share of zeros on does it "
+        "The compact form takes 25 bytes for eight weights that stay. From which share of zeros on does it "
         "have fewer bytes than dense weights of 16 bits?",
         1 - 2 / BYTES,
         slips=(
@@ -126,7 +126,7 @@ EXERCISES = {
             (0.5, "that is Flash-LLM's form, with 4 bytes for each."),
             (100 * (1 - 2 / BYTES), "give a share between 0 and 1."),
         ),
-        hints=("density x 3.25 = 2.", "1 - 2 / 3.25"),
+        hints=("it takes 25 / 8 bytes for each: density x 25 / 8 = 2.", "1 - 2 * 8 / 25"),
         rtol=1e-3,
     ),
 }

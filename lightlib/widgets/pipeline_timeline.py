@@ -30,10 +30,9 @@ WAYS = {
     "two, words of 2 tiles": (2, 2),
 }  # buffers, held
 ROOM = [("1 tile, as csl_v4", 1), ("2 tiles", 2)]
-# What a tile takes is a model. Instructions: CSL_WORK, a line near 6.0, 5.5 and 4.75 a weight at 50, 70 and
-# 80 % zeros, counted in code compiled for sm_90; clearing the tile and reading it back are part of them.
-# (csl_v4 has 660 for the 64 weights of a lane, 10 a weight, but not all of them run.) What each tile adds,
-# however small, is assumed: two barriers, and waiting for the last warp
+# What a tile takes is a model. Instructions: CSL_WORK, counted in csl_v4 as compiled for sm_90; clearing the
+# tile and reading it back are part of them. What each tile adds, however small, is assumed: two barriers, and
+# waiting for the last warp
 STEP_CLOCKS = 100
 MMA = 0.6  # share of the tensor cores' peak that `mma.sync` comes to on an H100, taken for all devices
 

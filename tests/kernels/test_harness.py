@@ -76,6 +76,35 @@ def test_the_bench_covers_every_shape():
     assert set(few) < set(shapes) and set(some) < set(tokens)
 
 
+def test_every_bench_runs_to_its_end(monkeypatch):
+    def once(calls, runs=0):
+        for call in calls:
+            assert torch.isfinite(call()).all()
+        return harness.Timed(2.0, 1.0, 3.0, 9.0)
+
+    limits = harness.Limits(copy_gb_per_s=1000, matmul_tflop_per_s=100)
+    for module in (sparse_bench, int_bench, attention_bench):
+        monkeypatch.setattr(module, "timed", once)
+    for module in (sparse_bench, int_bench):
+        monkeypatch.setattr(module, "copies_beyond_cache", lambda stored: 2)
+    rows = list(sparse_bench.bench(64, 128, 0.5, (1, 8), limits, "cpu"))
+    # a CPU has none of the baselines, and goes on without them
+    assert [row.layout for row in rows] == ["cuBLAS", *LAYOUTS, "cuBLAS", "csl", "compact", "bitmap"]
+    W, x = torch.randn(8, 16), torch.randn(3, 16)
+    torch.testing.assert_close(sparse_bench.as_csr(W, x)[1](), W @ x.T)
+    assert rows[0].gb_per_s == pytest.approx(64 * 128 * 2 / 2 / 1e3) and rows[0].times_cublas == 1
+    assert rows[0].of_roofline == pytest.approx((64 * 128 * 2 + 2 * 192) / 1e6 / 2)
+    rows = list(int_bench.bench(64, 128, (8,), limits, "cpu"))
+    assert [row.kernel for row in rows] == ["cuBLAS", "int4", "int8"]
+    assert rows[2].stored_bytes == 64 * 128 + 2 * 64
+    shapes = {"prefill": (1, 4, 2, 32, 32, 64), "decode": (2, 4, 2, 1, 32, 64)}
+    monkeypatch.setattr(attention_bench, "SHAPES", shapes)
+    rows = list(attention_bench.bench(limits, "cpu"))
+    assert [(row.kernel, row.name) for row in rows] == [(k, n) for n in shapes for k in ("SDPA", "ours")]
+    assert rows[0].tflop_per_s == pytest.approx(2 * 4 * 32 * 32 * 64 / 2 / 1e6)
+    assert rows[2].gb_per_s == pytest.approx(2 * 2 * 64 * (2 * 4 + 2 * 2 * 32) / 2 / 1e3)
+
+
 def test_without_a_gpu_the_bench_says_what_to_do(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("sys.argv", ["bench"])
