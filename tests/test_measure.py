@@ -199,6 +199,10 @@ def test_explain_tells_dense_simulated_and_real_apart():
     real = explain(cast(light, torch.bfloat16), 8, 2)
     assert "speed is real: aten::_weight_int4pack_mm_for_cpu multiplies" in real.sentence
     assert [x.speed for x in real.layers] == ["real"] * 7 + ["dense"]
+    packed = [x for x in real.layers if x.speed == "real"]
+    assert all(x.of_roofline == x.floor_ms / x.measured_ms for x in packed)
+    share = sum(x.floor_ms for x in packed) / sum(x.measured_ms for x in packed)
+    assert f"of all 7 layers, at {share:.0%} of their roofline" in real.sentence
     assert sum(x.stored_bytes for x in real.layers if x.speed == "real") == sum(
         part.stored_bits() // 8 for part in light.modules() if hasattr(part, "stored_bits")
     )

@@ -135,7 +135,8 @@ def test_extraction_takes_the_clocks_of_its_instructions():
     ("name", "kernel", "weights", "ahead", "density"),
     [
         ("csl", "csl_v4", 64, 2, 1 / 8), ("csl", "csl_v4", 64, 9, 9 / 16),
-        ("compact", "csl_v5", 64, 1, 1 / 8), ("compact", "csl_v5", 64, 5, 5 / 8), ("bitmap", "bitmap", 128, 1, 0.5),
+        ("compact", "csl_v5", 64, 1, 1 / 8), ("compact", "csl_v5", 64, 5, 5 / 8),
+        ("bitmap", "bitmap", 128, 1, 0.5),
     ],
 )  # fmt: skip
 def test_instructions_are_those_of_the_compiled_kernels(name, kernel, weights, ahead, density):

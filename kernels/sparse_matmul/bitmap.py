@@ -44,10 +44,7 @@ class Bitmap:
 
     def dense(self) -> Tensor:
         """The weight (out, in)."""
-        begin = 4 * self.offsets[:-1].long()
-        masks = self.words[begin[:, None] + torch.arange(MASKS, device=begin.device)]
-        bits = masks.view(-1, STRIPS, 2, LANES, 1) >> torch.arange(32, device=begin.device) & 1
-        kept = bits.permute(0, 1, 3, 2, 4).reshape(-1, STRIPS, LANES, BITS).bool()
+        begin, kept = 4 * self.offsets[:-1].long(), self.kept()
         counts = kept.sum((1, 2, 3))  # (tiles)
         rank = torch.arange(int(counts.sum()), device=begin.device)
         rank = rank - (counts.cumsum(0) - counts).repeat_interleave(counts)
@@ -55,6 +52,13 @@ class Bitmap:
         lanes = torch.zeros(kept.shape, dtype=torch.int16, device=begin.device)
         lanes[kept] = self.words.view(torch.int16)[places]
         return from_lanes(lanes, self.tiles).view(self.dtype)[: self.shape[0], : self.shape[1]].contiguous()
+
+    def kept(self) -> Tensor:
+        """Which weights are stored, as lanes hold them: bool (tiles, 8 strips, 32 lanes, 64)."""
+        begin = 4 * self.offsets[:-1].long()
+        masks = self.words[begin[:, None] + torch.arange(MASKS, device=begin.device)]
+        bits = masks.view(-1, STRIPS, 2, LANES, 1) >> torch.arange(32, device=begin.device) & 1
+        return bits.permute(0, 1, 3, 2, 4).reshape(-1, STRIPS, LANES, BITS).bool()
 
 
 def to_lanes(weight: Tensor) -> Tensor:
@@ -104,3 +108,17 @@ def encode(weight: Tensor, mask: Tensor | None = None) -> Bitmap:
     halves[2 * (begin + HEAD).repeat_interleave(whole) + rank] = values
     offsets = torch.cat([begin, size.sum()[None]]) // 4
     return Bitmap(words, offsets.int(), (n_out, n_in), weight.dtype, int(size.max()) // 4)
+
+
+def conflicts(weight: Bitmap) -> float:
+    """How many times a warp's read of one value a lane takes, on average: 1 if no two share a bank."""
+    kept = weight.kept().flatten(0, 1)  # (strips, lanes, 64)
+    counts = kept.sum(2)
+    value = (counts.cumsum(1) - counts)[..., None] + kept.cumsum(2) - 1  # in its strip
+    read = torch.arange(len(kept), device=kept.device)[:, None, None] * BITS + torch.arange(BITS)
+    # two halves of one cell of 32 bits are one access
+    cell = (read * 2**16 + value // 2)[kept].unique()
+    turns = (
+        torch.bincount(cell // 2**16 * 32 + cell % 32, minlength=len(kept) * BITS * 32).view(-1, 32).amax(1)
+    )
+    return turns.sum().item() / max(turns.count_nonzero().item(), 1)

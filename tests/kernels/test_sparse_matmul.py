@@ -118,6 +118,15 @@ def test_the_least_conflicts_there_can_be_are_reached():
     assert csl.conflicts(tile) * groups <= 1.15 * max(fullest, groups)
 
 
+def test_bitmap_reads_meet_the_conflicts_of_random_places():
+    found = [bitmap.conflicts(bitmap.encode(weight((256, 512), sparsity))) for sparsity in (0.5, 0.7, 0.9)]
+    assert found == pytest.approx([2.6, 1.8, 1.15], rel=0.06)
+    # where all is stored, each lane begins 32 banks after the one before; with a value each, they share cells
+    assert bitmap.conflicts(bitmap.encode(torch.ones(128, 128).half())) == 32
+    first = bitmap.from_lanes(torch.eye(64)[0].short().expand(8, 32, 64).contiguous(), (1, 1))
+    assert bitmap.conflicts(bitmap.encode(first.half())) == 1
+
+
 # kernels, on the CPU
 @needs_compiler
 @every_rung
