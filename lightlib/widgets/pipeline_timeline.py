@@ -185,7 +185,7 @@ def pipeline_timeline(**options) -> Explorer:
         moment=W.IntSlider(40, 0, 100, description="moment (%)"),
     )  # fmt: skip
     # the browser moves the slider, which then asks for its picture
-    play = W.Play(0, 0, 100, 2, interval=200, layout=W.Layout(margin="2px 18px 2px 0"))
+    play = W.Play(40, 0, 100, 2, interval=200, layout=W.Layout(margin="2px 18px 2px 0"))
     W.jslink((play, "value"), (explorer.controls["moment"], "value"))
     row = explorer.children[0]
     row.children = (*row.children, play)

@@ -198,7 +198,7 @@ def sparse_roofline(folder: Path = results.FOLDER, **options) -> Explorer:
         compute, draw, name="sparse_roofline", size=(8.6, 3.7), **options,
         sparsity=W.IntSlider(60, 0, 95, description="zeros (%)"),
         tokens=W.SelectionSlider(options=TOKENS, value=16),
-        shape=W.Dropdown(options=list(SHAPES), description="layer"),
+        shape=W.Dropdown(options=list(SHAPES), description="layer", layout=W.Layout(width="330px")),
         device=W.Dropdown(options=list(GPUS), value="H100"),
         limit=W.Dropdown(options=["memory only", "decoding too"], value="memory only"),
     )  # fmt: skip
