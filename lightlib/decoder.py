@@ -5,18 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightlib.compact import CompactLinear
+from lightlib.shortcut import Shortcut
 
 
 @dataclass(frozen=True)
 class Roles:
     """The names of a family's parts: from the model for the first three, from a block for the others.
 
-    value, up: the linear whose last rows make the attention's values, and the MLP's hidden state before the
-    last layer; None where they are interleaved. gated: the MLP multiplies `up` by a gate, and applies no
-    activation to it. norm_offset: a norm multiplies by its weight plus this.
+    positions: learned embeddings of positions, added to the stream. attention_post, mlp_post: norms of what a
+    branch gives, before it is added. value, up: the linear whose last rows make the attention's values, and
+    the MLP's hidden state before the last layer; None where they are interleaved. gated: the MLP multiplies
+    `up` by a gate, and applies no activation to it. norm_offset: a norm multiplies by its weight plus this.
     """
 
     blocks: str
@@ -32,6 +34,9 @@ class Roles:
     up: str = "mlp.up_proj"
     gated: bool = True
     norm_offset: float = 0.0
+    positions: tuple[str, ...] = ()
+    attention_post: str | None = None
+    mlp_post: str | None = None
 
     @property
     def attention(self) -> tuple[str, ...]:
@@ -59,7 +64,12 @@ LLAMA = Roles(
     mlp_out="mlp.down_proj",
 )
 GEMMA = replace(LLAMA, norm_offset=1.0)
-GEMMA2 = replace(GEMMA, mlp_norm="pre_feedforward_layernorm")
+GEMMA2 = replace(
+    GEMMA,
+    mlp_norm="pre_feedforward_layernorm",
+    attention_post="post_attention_layernorm",
+    mlp_post="post_feedforward_layernorm",
+)
 
 FAMILIES = {
     "llama": LLAMA,
@@ -98,6 +108,7 @@ FAMILIES = {
         mlp_out="fc2",
         up="fc1",
         gated=False,
+        positions=("model.decoder.embed_positions",),
     ),
     "gpt2": Roles(
         blocks="transformer.h",
@@ -112,6 +123,7 @@ FAMILIES = {
         value="attn.c_attn",
         up="mlp.c_fc",
         gated=False,
+        positions=("transformer.wpe",),
     ),
     "gpt_neox": Roles(
         blocks="gpt_neox.layers",
@@ -150,6 +162,34 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return {f"{path}.{i}": block for i, block in enumerate(model.get_submodule(path))}
 
 
+def norm_readers(names: Roles) -> dict[str, tuple[str, ...]]:
+    """{norm: the linears that read it}, by their names in a block."""
+    readers = {names.attention_norm: names.attention_in}
+    readers[names.mlp_norm] = readers.get(names.mlp_norm, ()) + names.mlp_in
+    return readers
+
+
+def is_parallel(model: nn.Module) -> bool:
+    """Whether attention and MLP of a block read the same input."""
+    names = roles(model)
+    return names.mlp_norm == names.attention_norm or getattr(model.config, "use_parallel_residual", False)
+
+
+def ends_as_wide(model: nn.Module) -> bool:
+    """Whether the family's code takes the stream to leave the last block as wide as it entered the first."""
+    return model.config.model_type == "gpt2"
+
+
+def feed_forward(block: nn.Module, names: Roles, x: Tensor) -> Tensor:
+    """What a block's MLP makes of x (..., d_model)."""
+    whole = names.mlp_out.rpartition(".")[0]
+    if whole:
+        return block.get_submodule(whole)(x)
+    # OPT keeps the layers of its MLP in the block itself
+    hidden = block.activation_fn(block.get_submodule(*names.mlp_in)(x))
+    return block.get_submodule(names.mlp_out)(hidden)
+
+
 def linears(module: nn.Module) -> dict[str, nn.Linear | CompactLinear]:
     """The linear layers in `module`, dense or compact, by their name in it. Weights are (out, in)."""
     return {
@@ -161,7 +201,8 @@ def linear_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
     """(out, in) of every layer in `module` that multiplies by a weight, GPT-2's Conv1D too, by name."""
     from transformers.pytorch_utils import Conv1D
 
-    shapes = {name: (part.out_features, part.in_features) for name, part in linears(module).items()}
+    parts = linears(module) | {n: p for n, p in module.named_modules() if isinstance(p, Shortcut)}
+    shapes = {name: (part.out_features, part.in_features) for name, part in parts.items()}
     convs = {name: part for name, part in module.named_modules() if isinstance(part, Conv1D)}
     return shapes | {name: tuple(part.weight.shape[::-1]) for name, part in convs.items()}
 

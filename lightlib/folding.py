@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightlib.decoder import roles
+from lightlib.decoder import norm_readers, roles
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,9 @@ def folds(model: nn.Module) -> list[Fold]:
     """Where a block of this model takes a scale exactly; names are those in a block. Linears without a fold
     have an activation, or interleaved heads, in front of them."""
     names, config = roles(model), model.config
-    readers = {names.attention_norm: names.attention_in}
-    readers[names.mlp_norm] = readers.get(names.mlp_norm, ()) + names.mlp_in
     block = model.get_submodule(names.blocks)[0]
     found = []
-    for norm, linears in readers.items():
+    for norm, linears in norm_readers(names).items():
         affine = getattr(block.get_submodule(norm), "weight", None) is not None
         if affine and getattr(config, "do_layer_norm_before", True):
             found.append(Fold(linears, norm, norm_offset=names.norm_offset))

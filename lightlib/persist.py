@@ -31,7 +31,7 @@ def save(model: nn.Module, folder: str | Path, tokenizer=None) -> Path:
     folder = Path(folder).expanduser()
     tensors = stored_tensors(model)
     with whole_or_nothing(folder, sum(t.numel() * t.element_size() for t in tensors.values())) as draft:
-        if compact_layers(model):
+        if compact_layers(model) or hasattr(model, "structure"):
             save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
             (draft / "config.json").write_text(json.dumps(_config(model), indent=2))
             if model.can_generate():
@@ -77,6 +77,8 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> nn.Module
     config = AutoConfig.for_model(base.pop("model_type"), **base)
     with torch.device("meta"):
         model = use_linear_everywhere(AutoModelForCausalLM.from_config(config))
+        for function, settings in written.get("structure", ()):
+            _ours(function)(model, **settings)
     for name, row in written["layers"].items():
         model.set_submodule(name, _layer(row))
     try:
@@ -110,6 +112,7 @@ def _config(model: nn.Module) -> dict:
         "model_type": "lightlib",
         "architectures": ["LightlibForCausalLM"],
         "base": {**model.config.to_dict(), "model_type": model.config.model_type},
+        "structure": getattr(model, "structure", []),
         "layers": {name: _describe(layer) for name, layer in compact_layers(model).items()},
     }
 
@@ -124,15 +127,19 @@ def _describe(layer: CompactLinear) -> dict:
     }
 
 
-def _layer(row: dict) -> CompactLinear:
-    module, _, name = row["class"].partition(":")
+def _ours(place: str):
+    """What "module:name" stands for, in lightlib alone."""
+    module, _, name = place.partition(":")
     if not module.startswith("lightlib."):
-        raise ValueError(f"{row['class']} is not a layer of lightlib; it is not imported")
+        raise ValueError(f"{place} is not of lightlib; it is not imported")
+    return getattr(importlib.import_module(module), name)
+
+
+def _layer(row: dict) -> CompactLinear:
     bias = (
         None if row["bias"] is None else torch.zeros(row["out_features"], dtype=getattr(torch, row["bias"]))
     )
-    layer_class = getattr(importlib.import_module(module), name)
-    return layer_class.empty(row["in_features"], row["out_features"], bias, **row["settings"])
+    return _ours(row["class"]).empty(row["in_features"], row["out_features"], bias, **row["settings"])
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:

@@ -1,0 +1,28 @@
+"""Shortcut: the matrix through which a residual passes where the stream's basis changes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Shortcut(nn.Module):
+    """y = x W with W (in, out), no bias. Not an nn.Linear, so that no method rounds or prunes it unasked."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.matmul(x, self.weight)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
