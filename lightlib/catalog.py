@@ -12,6 +12,7 @@ from lightlib.quantization.grid import Int
 from lightlib.quantization.llm_int8 import llm_int8
 from lightlib.quantization.rtn import rtn
 from lightlib.quantization.smoothquant import smoothquant
+from lightlib.slicing.slicegpt import slicegpt
 from lightlib.sparsity.magnitude import magnitude
 from lightlib.sparsity.obs import obs
 from lightlib.sparsity.sparsegpt import sparsegpt
@@ -21,7 +22,10 @@ from lightlib.sparsity.wrp import wrp
 
 @dataclass(frozen=True)
 class Method:
-    """`knobs`: for each keyword, values that work on a layer whose inputs are a multiple of 16."""
+    """`knobs`: for each keyword, values that work on a layer whose inputs are a multiple of 16.
+
+    reshapes: what is left are dense weights of other shapes, so no layer is packed.
+    """
 
     name: str
     function: Callable
@@ -29,6 +33,7 @@ class Method:
     compresses: str
     needs_data: bool
     knobs: dict[str, tuple]
+    reshapes: bool = False
 
 
 METHODS = (
@@ -149,5 +154,20 @@ METHODS = (
         "the blocks' linear weights, to 2:4 and the most important of the others back",
         needs_data=True,
         knobs={"alpha": (0.25, 0.0), "pattern": ("1:4",)},
+    ),
+    Method(
+        "slicegpt",
+        slicegpt,
+        "Ashkboos et al. 2024, arXiv:2401.15024",
+        "the whole stream with all that reads and writes it, to its principal directions",
+        needs_data=True,
+        knobs={
+            "slice_fraction": (0.5, 0.25),
+            "explained_variance": (0.9,),
+            "rotations": ("block",),
+            "signal": ("normed",),
+            "slice_head": (True,),
+        },
+        reshapes=True,
     ),
 )

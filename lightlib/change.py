@@ -29,6 +29,7 @@ def changing(model: nn.Module, inplace: bool) -> Iterator[nn.Module]:
 def _restoring(model: nn.Module) -> Iterator[nn.Module]:
     before = dict(model.named_modules())
     parameters = {name: dict(part.named_parameters(recurse=False)) for name, part in before.items()}
+    tied = model.config.tie_word_embeddings
     try:
         yield use_linear_everywhere(model)
     except BaseException:
@@ -39,4 +40,5 @@ def _restoring(model: nn.Module) -> Iterator[nn.Module]:
                 now = dict(model.named_modules())
             for kind, value in parameters[name].items():
                 setattr(part, kind, value)
+        model.config.tie_word_embeddings = tied
         raise

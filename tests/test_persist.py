@@ -86,12 +86,12 @@ def test_a_truncated_file_and_a_missing_folder_are_refused(saved, tmp_path):
         load(tmp_path / "nowhere")
 
 
-def test_only_layers_of_lightlib_are_imported(saved):
+def test_only_what_is_of_lightlib_is_imported(saved):
     _, folder = saved
     config = json.loads((folder / "config.json").read_text())
     next(iter(config["layers"].values()))["class"] = "os:system"
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="os:system is not a layer of lightlib"):
+    with pytest.raises(ValueError, match="os:system is not of lightlib"):
         load(folder)
 
 
