@@ -245,16 +245,20 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 @torch.no_grad()
 def parameters_by_part(model: nn.Module) -> dict[str, int]:
-    """Number of weights in the embedding, attention, MLP, norms and head; tied ones counted once."""
+    """Number of weights in the embedding, attention, MLP, norms and head, and in shortcuts where there are
+    any; tied ones counted once."""
     names = roles(model)
     parts = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head"), 0)
+    shortcuts = {name for name, part in model.named_modules() if isinstance(part, Shortcut)}
     seen = set()
     for name, weight in model.named_parameters():
         if weight.data_ptr() in seen:
             continue
         seen.add(weight.data_ptr())
         inside = name.removeprefix(names.blocks + ".").partition(".")[2]
-        if name.startswith(names.blocks):
+        if name.rpartition(".")[0] in shortcuts:
+            parts["shortcuts"] = parts.get("shortcuts", 0) + weight.numel()
+        elif name.startswith(names.blocks):
             if inside.startswith(names.attention):
                 parts["attention"] += weight.numel()
             elif inside.startswith(names.mlp):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightlib.decoder import find_blocks, norm_readers, roles, untie_head, use_linear_everywhere
@@ -28,8 +29,9 @@ class UnitNorm(nn.Module):
         self.width, self.eps = width, eps
 
     def forward(self, x: Tensor) -> Tensor:
-        square = x.float().square().sum(-1, keepdim=True) / self.width
-        return (x.float() * torch.rsqrt(square + self.eps)).to(x.dtype)
+        left = x.shape[-1] / self.width  # torch's norm divides by the number of values that are left
+        y = F.rms_norm(x, x.shape[-1:], eps=self.eps / left)
+        return y if left == 1 else y * left**-0.5
 
     def extra_repr(self) -> str:
         return f"{self.width}, eps={self.eps}"

@@ -9,44 +9,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from lightlib.calibration import stream_blocks
 from lightlib.change import changing
-from lightlib.decoder import ends_as_wide
+from lightlib.decoder import ends_as_wide, roles
 from lightlib.report import Compressed, LayerReport, Report
-from lightlib.slicing.invariance import UnitNorm
+from lightlib.slicing.principal import gram_of, kept_width, principal_directions, shares_of
 from lightlib.slicing.stream import Place, open_stream, places, share_basis, turn
 
 ROTATIONS, SIGNALS = ("sublayer", "block"), ("raw", "normed")
-
-
-def principal_directions(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """(Q (d, d), shares (d)) of a gram matrix X^T X (d, d): its eigenvectors, largest first, and the share of
-    |X|^2 that lies along each; float64. With no slicing, Q is a rotation that changes nothing.
-
-    >>> principal_directions(torch.tensor([[1.0, 0.0], [0.0, 3.0]]))[1]
-    tensor([0.7500, 0.2500], dtype=torch.float64)
-    """
-    values, vectors = torch.linalg.eigh(gram.double())
-    values = values.flip(0).clamp_min(0)
-    return vectors.flip(1), values / values.sum().clamp_min(1e-300)
-
-
-def kept_width(shares: Tensor, fraction: float, round_to: int, variance: float | None = None) -> int:
-    """How many directions stay: all but a `fraction`, or as few as hold `variance`, in steps of `round_to`.
-
-    >>> kept_width(torch.ones(576) / 576, 0.3, 8)
-    400
-    """
-    width = len(shares)
-    if variance is not None:
-        needed = int((shares.cumsum(0) < variance).sum()) + 1
-        return min(width, math.ceil(needed / round_to) * round_to)
-    if fraction == 0:
-        return width
-    return max(round_to, int((1 - fraction) * width) // round_to * round_to)
 
 
 def slicegpt(
@@ -108,6 +80,26 @@ def slicegpt(
     return Compressed(light, report)
 
 
+def spectra(
+    model: nn.Module, batches: list[Tensor], *, signal: str = "raw", progress: bool = True
+) -> dict[str, Tensor]:
+    """{place: the shares (d,) of |X|^2 along its principal directions, falling}; nothing is cut.
+
+    A place is named after the norm that it lies in front of.
+    """
+    found, names = {}, roles(model)
+    with changing(model, False) as light:
+        open_stream(light)
+        for block in stream_blocks(light, batches, progress=progress, title="spectra"):
+            found[f"{block.name}.{names.attention_norm}"] = shares_of(block.inputs, signal == "normed")
+            if not block.module.parallel:
+                given = zip(block.inputs, block.arguments, strict=True)
+                attended = [block.module.attend(x, *args, **named) for x, (args, named) in given]
+                found[f"{block.name}.{names.mlp_norm}"] = shares_of(attended, signal == "normed")
+        found[names.final_norm] = shares_of(block.run(), signal == "normed")
+    return found
+
+
 RESTRUCTURE = "lightlib.slicing.stream:restructure"
 
 
@@ -130,9 +122,7 @@ class Cut:
 
         Returns these directions (width, kept), float64.
         """
-        norm = UnitNorm(signals[0].shape[-1], 1e-6) if self.normed else nn.Identity()
-        rows = (norm(x).flatten(0, -2).double() for x in signals)
-        Q, shares = principal_directions(sum(x.T @ x for x in rows))
+        Q, shares = principal_directions(gram_of(signals, self.normed))
         at = len(self.widths)
         kept = self.fixed.get(at) or kept_width(shares, self.fractions[at], self.round_to, self.variance)
         for place in self.stream[at : at + count]:

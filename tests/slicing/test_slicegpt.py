@@ -7,13 +7,15 @@ import torch
 
 from lightlib import load, save
 from lightlib.compact import compact_layers
-from lightlib.cost import size
-from lightlib.decoder import cast, find_blocks, linear_shapes
+from lightlib.cost import flops, size
+from lightlib.decode import generate, lean_path
+from lightlib.decoder import cast, find_blocks, linear_shapes, parameters_by_part
 from lightlib.quantization.gptq import gptq
 from lightlib.quantization.grid import Int
 from lightlib.recipe import compress
 from lightlib.slicing.invariance import UnitNorm, fold_norms
-from lightlib.slicing.slicegpt import kept_width, principal_directions, slicegpt
+from lightlib.slicing.principal import kept_width, principal_directions
+from lightlib.slicing.slicegpt import slicegpt, spectra
 from lightlib.slicing.stream import open_stream, places, turn
 
 
@@ -122,6 +124,24 @@ def test_one_rotation_a_block_saves_the_attentions_shortcuts(llama, calib):
     assert saved == 2 * 24 * 24
 
 
+def test_shortcuts_are_counted_for_what_they_are(llama, calib):
+    light = sliced(llama, calib)
+    parts, flop = parameters_by_part(light), flops(light, 16)
+    # three from 24 to 24 directions, and the last one to all 32
+    assert parts["shortcuts"] == 3 * 24 * 24 + 24 * 32 and parts["norms"] == 0
+    assert sum(parts.values()) == size(light).parameters
+    rest = flops(llama, 16).decode_per_token - flop.decode_per_token
+    blocks = sum(p.numel() for n, p in llama.named_parameters() if "proj" in n)
+    kept = sum(p.numel() for n, p in light.named_parameters() if "proj" in n)
+    assert rest == 2 * (blocks - kept - parts["shortcuts"])
+
+
+def test_the_compiled_step_decodes_a_sliced_model(llama, calib):
+    light, ids = sliced(llama, calib), calib[0][:1, :8]
+    assert torch.equal(generate(light, ids, 5), generate(light, ids, 5, compile=False))
+    assert lean_path(light) == ("lean", "")
+
+
 def test_variance_decides_each_width(llama, calib):
     light, report = slicegpt(llama, calib, explained_variance=0.9, round_to=1, progress=False)
     held = [float(row.notes.split()[-3].rstrip("%,")) for row in report if row.name.endswith("q_proj")]
@@ -136,6 +156,30 @@ def test_a_stream_in_use_loses_more_the_more_is_cut(llama, calib):
         light = sliced(llama, calib, slice_fraction=fraction)
         lost.append((logits(light, calib[0]) - expected).norm().item())
     assert lost == sorted(lost) and lost[1] > 100 * lost[0]
+
+
+def test_spectra_are_those_of_the_stream_in_front_of_each_norm(model, calib):
+    from lightlib.decoder import is_parallel
+
+    found = spectra(model, calib, progress=False)
+    assert len(found) == (3 if is_parallel(model) else 5)
+    entered = {}
+    # a LayerNorm reads the stream without its mean
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: entered.setdefault(name, []).append(args[0].flatten(0, -2).double())
+        )
+        for name in found
+    ]
+    for ids in calib:
+        logits(model, ids)
+    for hook in hooks:
+        hook.remove()
+    for name, shares in found.items():
+        X = torch.cat(entered[name])
+        if isinstance(model.get_submodule(name), torch.nn.LayerNorm):
+            X = X - X.mean(1, keepdim=True)
+        torch.testing.assert_close(principal_directions(X.T @ X)[1], shares, rtol=1e-3, atol=1e-6)
 
 
 # like any model
