@@ -48,11 +48,10 @@ class SlicedBlock(nn.Module):
                 self.set_submodule(norm, UnitNorm(width, post.eps))
 
     def forward(self, hidden_states: Tensor, *args, **named) -> Tensor:
-        if self.parallel:
-            attended = self.attend(hidden_states, *args, **named)
-            return attended + self.feed_forward(hidden_states)
         h = self.attend(hidden_states, *args, **named)
-        return self.mlp_shortcut(h) + self.feed_forward(h)
+        if self.parallel:
+            return h + self.feed_forward(hidden_states)
+        return self.mlp_shortcut(h, self.feed_forward(h))
 
     def attend(self, x: Tensor, *args, **named) -> Tensor:
         """The stream behind the attention: x S + attention(norm(x))."""
@@ -61,7 +60,7 @@ class SlicedBlock(nn.Module):
         y = attention(self.get_submodule(names.attention_norm)(x), **named)[0]
         if self.attention_turn is not None:
             y = self.attention_turn(self.get_submodule(names.attention_post)(y))
-        return self.attention_shortcut(x) + y
+        return x + y if self.attention_shortcut is None else self.attention_shortcut(x, y)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """What the MLP adds: mlp(norm(x))."""
@@ -130,7 +129,7 @@ def turn(model: nn.Module, place: Place, Q: Tensor) -> None:
 
 def share_basis(block: SlicedBlock) -> None:
     """Say that a block's two places have one basis: its attention's residual needs no shortcut then."""
-    block.attention_shortcut = nn.Identity()
+    block.attention_shortcut = None
 
 
 def restructure(model: nn.Module, widths: list[int], shared: bool) -> nn.Module:
