@@ -77,8 +77,11 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> nn.Module
     config = AutoConfig.for_model(base.pop("model_type"), **base)
     with torch.device("meta"):
         model = use_linear_everywhere(AutoModelForCausalLM.from_config(config))
-        for function, settings in written.get("structure", ()):
+        structure = written.get("structure", [])
+        for function, settings in structure:
             _ours(function)(model, **settings)
+        if structure:
+            model.structure = structure
     for name, row in written["layers"].items():
         model.set_submodule(name, _layer(row))
     try:

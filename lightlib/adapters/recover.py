@@ -5,19 +5,17 @@ Han et al. 2015, arXiv:1506.02626: score, prune, fine-tune.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from lightlib.adapters.masked_lora import low_rank_updates
+from lightlib.adapters.training import next_token_loss, train
 from lightlib.change import changing
 from lightlib.decoder import find_blocks
-from lightlib.quality import device_of
 from lightlib.report import Compressed, Report
 
 
@@ -28,6 +26,7 @@ def recover(
     steps: int = 100,
     lr: float = 1e-4,
     rank: int | None = None,
+    checkpoint: str | Path | None = None,
     watch: Callable[[int, float], None] = lambda step, loss: None,
     progress: bool = True,
     inplace: bool = False,
@@ -36,8 +35,9 @@ def recover(
 
     Sparse layers train the values they store, so their zeros stay; packed codes, the embedding and the head
     stay as they are. rank: learn updates of this rank instead (LoRA), merged within the masks at the end;
-    they take less memory to train, and a learning rate about ten times as high. watch: called with each step
-    and its loss (mean nll, nats). Use it as a step of `compress`; the report has no rows, since no layer
+    they take less memory to train, and a learning rate about ten times as high. checkpoint: a folder from
+    which the same call goes on where it was broken off (lightlib.adapters.training). watch: called with each
+    step and its loss (mean nll, nats). Use it as a step of `compress`; the report has no rows, since no layer
     changes its size. Raises ValueError without batches, for half-precision parameters, whose small updates
     would be lost, and where nothing can be trained.
     """
@@ -57,7 +57,17 @@ def recover(
         flags = [(p, p.requires_grad) for p in light.parameters()]
         try:
             with whole(weights) if rank is None else low_rank_updates(blocks, rank) as learning:
-                train(light, learning, batches, steps, lr, watch, progress)
+                train(
+                    light,
+                    learning,
+                    batches,
+                    steps=steps,
+                    lr=lr,
+                    loss=next_token_loss,
+                    watch=watch,
+                    checkpoint=checkpoint,
+                    progress=progress,
+                )
         finally:
             for p, wanted in flags:
                 p.requires_grad_(wanted)
@@ -77,28 +87,3 @@ def whole(weights: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     finally:
         for p in weights:
             p.grad = None
-
-
-@torch.enable_grad()
-def train(light, weights, batches, steps, lr, watch, progress) -> None:
-    """Only `weights` learn; dropout stays off, so that the same call gives the same result."""
-    light.requires_grad_(False)
-    for p in weights:
-        p.requires_grad_(True)
-    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
-    for step in tqdm(range(steps), desc="recover", unit="step", disable=not progress):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-        loss = next_token_loss(light, batches[step % len(batches)])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        watch(step, loss.item())
-
-
-def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
-    """Mean negative log-likelihood (nats) of each token of ids (batch, length) after the first."""
-    ids = ids.to(device_of(model))
-    logits = model(ids, use_cache=False).logits[:, :-1].float()
-    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())

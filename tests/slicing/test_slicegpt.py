@@ -189,6 +189,8 @@ def test_a_sliced_model_round_trips_and_generates_with_its_cache(model, calib, t
     again = load(save(light, tmp_path / "light"))
     assert torch.equal(logits(again, calib[0]), logits(light, calib[0]))
     assert size(again).stored_bytes == size(light).stored_bytes
+    once_more = load(save(again, tmp_path / "again"))
+    assert torch.equal(logits(once_more, calib[0]), logits(light, calib[0]))
     ids = calib[0][:1, :8]
     new = light.generate(ids, max_new_tokens=6, do_sample=False, use_cache=True, pad_token_id=0)
     plain = light.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False, pad_token_id=0)

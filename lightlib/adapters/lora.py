@@ -1,0 +1,201 @@
+"""LoRA: beside each frozen weight W (out, in), a product B A of low rank learns.
+
+Hu et al. 2021, arXiv:2106.09685; on packed weights as in QLoRA, Dettmers et al. 2023, arXiv:2305.14314.
+`peft_files` writes and reads adapters as peft does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightlib.adapters.training import train
+from lightlib.change import changing
+from lightlib.compact import CompactLinear
+from lightlib.decoder import find_blocks, linears, use_linear_everywhere
+from lightlib.report import Compressed, Report
+
+
+class LoRALinear(nn.Module):
+    """y = base(x) + (alpha / rank) x A^T B^T with A (rank, in) random and B (out, rank) zero at first."""
+
+    def __init__(
+        self,
+        base: nn.Linear | CompactLinear,
+        rank: int,
+        alpha: float,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        self.base, self.rank, self.alpha = base, rank, alpha
+        device = next(t for t in (*base.parameters(), *base.buffers()) if t is not base.bias).device
+        A = torch.empty(rank, base.in_features, device="cpu")
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+        self.A = nn.Parameter(A.to(device))
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+
+    def update(self) -> Tensor:
+        """What is added to the base's weight: (alpha / rank) B A (out, in)."""
+        return self.alpha / self.rank * (self.B @ self.A)
+
+    def forward(self, x: Tensor) -> Tensor:
+        through = x.requires_grad and isinstance(self.base, CompactLinear)
+        y = Through.apply(x, self.base) if through else self.base(x)  # (..., out)
+        low = F.linear(x.to(self.A.dtype), self.A)  # (..., rank)
+        return y + (self.alpha / self.rank * F.linear(low, self.B)).to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha}"
+
+
+class Through(torch.autograd.Function):
+    """base(x) with the gradient to x that the base's dense weight gives.
+
+    Packed products and rounded inputs have none of their own, and the decoded weight is not kept until then.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, base: CompactLinear) -> Tensor:
+        ctx.base = base
+        return base(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ ctx.base.dense(gradient.dtype), None
+
+
+def lora(
+    model: nn.Module,
+    batches: list[Tensor],
+    *,
+    rank: int = 8,
+    alpha: float = 16,
+    targets: Collection[str] | None = None,
+    steps: int = 100,
+    lr: float = 1e-3,
+    checkpoint: str | Path | None = None,
+    watch: Callable[[int, float], None] = lambda step, loss: None,
+    progress: bool = True,
+    inplace: bool = False,
+) -> Compressed:
+    """Train low-rank updates of the blocks' linear layers on `batches`; all other weights stay as they are.
+
+    Where every base is a dense nn.Linear, the updates are merged into it at the end and the model is as plain
+    as before; over packed layers they stay beside them, in float32 (`lora_layers` shows them, `save_adapter`
+    writes them). rank, alpha, targets: as `add_lora` takes them; steps, lr, checkpoint, watch: as `train`
+    does. The report has no rows, since no layer gets smaller. Raises ValueError without batches, and for a
+    rank or targets that do not fit.
+    """
+    if not batches:
+        raise ValueError("lora needs batches to train on")
+    with changing(model, inplace) as light:
+        add_lora(light, rank=rank, alpha=alpha, targets=targets)
+        layers = lora_layers(light)
+        try:
+            weights = [p for layer in layers.values() for p in (layer.A, layer.B)]
+            train(
+                light,
+                weights,
+                batches,
+                steps=steps,
+                lr=lr,
+                watch=watch,
+                checkpoint=checkpoint,
+                progress=progress,
+            )
+            if not any(isinstance(layer.base, CompactLinear) for layer in layers.values()):
+                merge_lora(light)
+        except BaseException:
+            _forget(light)  # `changing` puts the layers back
+            raise
+    return Compressed(light, Report(()))
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The layers of `model` that carry an update, by their name in it."""
+    return {name: part for name, part in model.named_modules() if isinstance(part, LoRALinear)}
+
+
+def add_lora(
+    model: nn.Module, *, rank: int = 8, alpha: float = 16, targets: Collection[str] | None = None
+) -> list[str]:
+    """Put an update beside every linear layer of the blocks, in place; returns their names.
+
+    No output changes, since B begins at zero. targets: only layers whose last name part is among these, such
+    as ("q_proj", "v_proj"). Raises ValueError for a target that no layer has, for a rank that does not fit,
+    and where there are updates already.
+    """
+    use_linear_everywhere(model)
+    shapes = block_linears(model)
+    if isinstance(targets, str):
+        targets = (targets,)
+    known = sorted({name.rpartition(".")[2] for name in shapes})
+    unknown = sorted(set(targets or ()) - set(known))
+    if unknown or (targets is not None and not targets):
+        raise ValueError(f"targets: no layer is named {unknown}; the blocks have {', '.join(known)}")
+    names = [name for name in shapes if targets is None or name.rpartition(".")[2] in targets]
+    for name in names:
+        if not 0 < rank <= min(shapes[name]):
+            raise ValueError(f"{name}: rank={rank} does not lie from 1 to {min(shapes[name])}")
+    wrap(model, names=names, rank=rank, alpha=alpha)
+    return names
+
+
+def wrap(model: nn.Module, *, names: list[str], rank: int, alpha: float) -> None:
+    """Put an update beside each layer of `names`, and remember it for `save` and `load`. In place."""
+    generator = torch.Generator().manual_seed(0)
+    for name in names:
+        model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha, generator))
+    row = [WRAP, {"names": names, "rank": rank, "alpha": alpha}]
+    model.structure = [*getattr(model, "structure", []), row]
+
+
+WRAP = "lightlib.adapters.lora:wrap"
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> list[str]:
+    """Add each update to its base's weight and take it away; returns the layers' names. In place.
+
+    All are merged or none. Raises ValueError where there are none, and for a packed base, which has no dense
+    weight to add to.
+    """
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("the model has no LoRA layers to merge; add_lora or load_adapter adds them")
+    for name, layer in layers.items():
+        if isinstance(layer.base, CompactLinear):
+            raise ValueError(
+                f"{name}: {type(layer.base).__name__} is packed, so an update cannot be added to its weight; "
+                "keep the adapter beside it, or put an nn.Linear that holds base.dense() in place of its base"
+            )
+    for name, layer in layers.items():
+        W = layer.base.weight
+        # a parameter of its own: where work is broken off, the old one is put back
+        layer.base.weight = nn.Parameter((W.float() + layer.update()).to(W.dtype), W.requires_grad)
+        model.set_submodule(name, layer.base)
+    _forget(model)
+    return list(layers)
+
+
+def block_linears(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(out, in) of the blocks' linear layers by name in the model; ValueError where they carry updates."""
+    if lora_layers(model):
+        raise ValueError("the model has LoRA layers already; merge_lora merges them")
+    return {
+        f"{block}.{name}": (part.out_features, part.in_features)
+        for block, module in find_blocks(model).items()
+        for name, part in linears(module).items()
+    }
+
+
+def _forget(model: nn.Module) -> None:
+    """Take the updates out of what `save` remembers of the model's structure."""
+    model.structure = [row for row in model.structure if row[0] != WRAP]
+    if not model.structure:
+        del model.structure
