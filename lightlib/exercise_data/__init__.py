@@ -1,6 +1,14 @@
 """The exercises of all lessons, by name: "NN.what"."""
 
-from lightlib.exercise_data import numbers, outliers, pruning, sparse_kernels, start_here, weight_only
+from lightlib.exercise_data import (
+    numbers,
+    outliers,
+    pruning,
+    slicegpt,
+    sparse_kernels,
+    start_here,
+    weight_only,
+)
 from lightlib.exercise_data.exercise import Exercise
 
 EXERCISES: dict[str, Exercise] = (
@@ -10,4 +18,5 @@ EXERCISES: dict[str, Exercise] = (
     | weight_only.EXERCISES
     | pruning.EXERCISES
     | sparse_kernels.EXERCISES
+    | slicegpt.EXERCISES
 )
