@@ -1,6 +1,6 @@
-"""Slice the real model and train low-rank updates: what ten minutes bring back.
+"""Slice the real model and train low-rank updates: what a few minutes bring back.
 
-    python data/recover_sliced.py      # 10 minutes on two idle CPU cores; writes data/slicing_recovery.json
+    python data/recover_sliced.py      # 5 minutes on two idle CPU cores; writes data/slicing_recovery.json
 
 smollm2-135m loses a quarter of every width and then learns updates of rank 16 on `prose`; the perplexity is
 that of the test split, which no training sees. Lesson 08 draws the curve.
@@ -31,11 +31,8 @@ def main() -> None:
     learning = batches(
         tokenizer, text, n=len(tokenizer(text).input_ids) // LENGTH, length=LENGTH, batch_size=BATCH
     )
-    points, begin, measuring = (
-        [{"step": 0, "seconds": 0.0, "perplexity": perplexity(light, tests)}],
-        time.perf_counter(),
-        0.0,
-    )
+    points = [{"step": 0, "seconds": 0.0, "perplexity": perplexity(light, tests)}]
+    begin, measuring = time.perf_counter(), 0.0
 
     def watch(step: int, loss: float) -> None:
         nonlocal measuring

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightlib.kernels.harness import TOLERANCE, Limits, checked, copies_beyond_cache, poisoned, timed
 from lightlib.kernels.sparse_matmul import op
+from lightlib.kernels.sparse_matmul.dispatch import FEW
 from lightlib.kernels.sparse_matmul.layouts import KINDS, Sparse, encode, tensors_of
 from lightlib.kernels.sparse_matmul.reference import matmul
 
@@ -85,7 +86,7 @@ def bench(
         row = partial(measured, n_out, n_in, n, sparsity, limits)
         yield (cublas := row("cuBLAS", W.nbytes, dense, None))
         for name, weight in held.items():
-            if name != "ell" or n <= op.FEW:
+            if name != "ell" or n <= FEW:
                 calls = [partial(op.multiply, copy, x) for copy in copies(weight)]
                 yield row(name, weight.stored_bits() // 8, calls, cublas.us)
         yield from baselines(W, x, row, cublas.us)

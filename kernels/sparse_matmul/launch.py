@@ -39,7 +39,7 @@ def macros(tokens: int, dtype: torch.dtype, **more: int) -> dict[str, int]:
 
 
 def csl_matmul(
-    weight: CSL,
+    weight: CSL | CompactCSL,
     x: Tensor,
     run: Callable,
     *,
@@ -47,13 +47,13 @@ def csl_matmul(
     splits: int = 1,
     vectors: int | None = None,
 ) -> Tensor:
-    """x (tokens, in) W^T -> (tokens, out) by one of the rungs csl_v1 to csl_v4; in is a multiple of 8."""
+    """x (tokens, in) W^T -> (tokens, out) by one of the rungs csl_v1 to csl_v5; in is a multiple of 8."""
     x = checked(x, weight.shape, weight.dtype)
     tokens, n_out = len(x), weight.shape[0]
     knobs = macros(tokens, x.dtype) | ({"VECTORS": vectors or weight.ahead} if rung > "csl_v2" else {})
     grid = weight.tiles[0], ceil(tokens / knobs["BN"]), splits
     y = x.new_empty(tokens, n_out)
-    work = workspace(grid, tokens, n_out, x.device) if rung == "csl_v4" else ()
+    work = workspace(grid, tokens, n_out, x.device) if rung > "csl_v3" else ()
     buffers = 1 if rung < "csl_v3" else 2
     run(
         HERE / f"{rung}.cu", rung, grid, (weight.words, weight.offsets, x, y, *work, n_out, *x.shape), knobs,
@@ -66,15 +66,7 @@ def compact_matmul(
     weight: CompactCSL, x: Tensor, run: Callable, *, splits: int = 1, vectors: int | None = None
 ) -> Tensor:
     """x (tokens, in) W^T -> (tokens, out) by the rung csl_v5; in is a multiple of 8."""
-    x = checked(x, weight.shape, weight.dtype)
-    tokens, n_out = len(x), weight.shape[0]
-    knobs = macros(tokens, x.dtype, VECTORS=vectors or weight.ahead)
-    grid = weight.tiles[0], ceil(tokens / knobs["BN"]), splits
-    y = x.new_empty(tokens, n_out)
-    args = weight.words, weight.offsets, x, y, *workspace(grid, tokens, n_out, x.device), n_out, *x.shape
-    shared = 2 * (TILE_BYTES + knobs["BN"] * 128)
-    run(HERE / "csl_v5.cu", "csl_v5", grid, args, knobs, shared_bytes=shared)
-    return y
+    return csl_matmul(weight, x, run, rung="csl_v5", splits=splits, vectors=vectors)
 
 
 def bitmap_matmul(

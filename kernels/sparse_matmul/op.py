@@ -18,10 +18,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from lightlib.kernels import nvrtc, triton_driver
 from lightlib.kernels.sparse_matmul import launch
+from lightlib.kernels.sparse_matmul.dispatch import FEW
 from lightlib.kernels.sparse_matmul.layouts import Sparse, knob_of, layout_of, rebuilt, tensors_of
 
 MANY = 128  # tokens from where on the arithmetic is what takes time, so unpacking once pays
-FEW = 2  # tokens that row-ELL is read for
 
 
 @torch.library.custom_op("lightlib::sparse_matmul", mutates_args=())
