@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightlib.compact import compact_layers
-from lightlib.decoder import find_blocks, linear_shapes
+from lightlib.decoder import find_blocks, linear_shapes, roles
 from lightlib.quality import device_of
 from lightlib.report import bars, facts_table, table, tidy
 
@@ -66,13 +66,11 @@ def flops(model: nn.Module, context: int = 256) -> Flops:
     Prefill of `context` tokens multiplies the whole square of scores, as kernels do that skip nothing; the
     head is counted for the last token only. Elementwise work and lookups count nothing.
     """
-    config = model.config
-    blocks = find_blocks(model).values()
+    blocks, names = find_blocks(model).values(), roles(model)
     in_blocks = sum(2 * n_out * n_in for block in blocks for n_out, n_in in linear_shapes(block).values())
     head = model.get_output_embeddings()
     head_flops = 2 * head.in_features * head.out_features
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 4 * len(blocks) * config.num_attention_heads * head_dim * context
+    attention = 4 * context * sum(linear_shapes(block)[names.attention_out][1] for block in blocks)
     return Flops(in_blocks + attention + head_flops // context, in_blocks + attention + head_flops, context)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -142,6 +143,10 @@ FAMILIES = {
 }
 
 
+# what configs call the number of neurons in an MLP
+MLP_SIZES = ("intermediate_size", "ffn_dim", "n_inner")
+
+
 def roles(model: nn.Module) -> Roles:
     """The roles of the model's family. Raises ValueError for a family that lightlib does not know."""
     config = getattr(model, "config", None)
@@ -175,6 +180,28 @@ def is_parallel(model: nn.Module) -> bool:
     return names.mlp_norm == names.attention_norm or getattr(model.config, "use_parallel_residual", False)
 
 
+def head_dim(model: nn.Module) -> int:
+    """The width of one attention head."""
+    config = model.config
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def set_head_counts(model: nn.Module, block: nn.Module, heads: int) -> None:
+    """Tell a block's attention that it has `heads` key-value heads, where its code asks. In place."""
+    names, size = roles(model), head_dim(model)
+    attention = block.get_submodule(names.attention_out.rpartition(".")[0])
+    queries = block.get_submodule(names.attention_out).in_features // size
+    if hasattr(attention, "num_heads"):
+        attention.num_heads = queries
+    if hasattr(attention, "num_key_value_heads"):
+        attention.num_key_value_heads = heads
+    if hasattr(attention, "split_size"):
+        attention.split_size = queries * size
+    if model.config.model_type == "phi3":  # it asks the config, which all blocks share
+        attention.config = copy.copy(attention.config)
+        attention.config.head_dim, attention.config.num_attention_heads = size, queries
+
+
 def ends_as_wide(model: nn.Module) -> bool:
     """Whether the family's code takes the stream to leave the last block as wide as it entered the first."""
     return model.config.model_type == "gpt2"
@@ -198,11 +225,14 @@ def linears(module: nn.Module) -> dict[str, nn.Linear | CompactLinear]:
 
 
 def linear_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """(out, in) of every layer in `module` that multiplies by a weight, GPT-2's Conv1D too, by name."""
+    """(out, in) of every layer in `module` that multiplies by a weight, GPT-2's Conv1D too, by name.
+
+    A shortcut stands with the shape of a matrix that takes as many products.
+    """
     from transformers.pytorch_utils import Conv1D
 
-    parts = linears(module) | {n: p for n, p in module.named_modules() if isinstance(p, Shortcut)}
-    shapes = {name: (part.out_features, part.in_features) for name, part in parts.items()}
+    shapes = {name: (part.out_features, part.in_features) for name, part in linears(module).items()}
+    shapes |= {name: part.products for name, part in module.named_modules() if isinstance(part, Shortcut)}
     convs = {name: part for name, part in module.named_modules() if isinstance(part, Conv1D)}
     return shapes | {name: tuple(part.weight.shape[::-1]) for name, part in convs.items()}
 

@@ -121,7 +121,7 @@ def _facts(
         path, reason = part.fast_path(dtype, device)
         stored, speed, path = part.stored_bits() // 8, "real" if path else "simulated", path or reason
     else:
-        stored, speed, path = weights * part.weight.itemsize, "dense", "aten::linear"
+        stored, speed, path = part.weight.numel() * part.weight.itemsize, "dense", "aten::linear"
     memory, compute = roof.floor_ms(stored, 0), roof.floor_ms(0, 2 * weights)
     floor = max(memory, compute)
     # three times its floor: neither bytes nor products explain the time

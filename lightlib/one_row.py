@@ -49,6 +49,21 @@ def row_times(x: Tensor, weight: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     return (y * scale).to(x.dtype)[None]
 
 
+def mm(x: Tensor, weight: Tensor) -> Tensor:
+    """torch.mm: x (rows, in), weight (in, out) -> (rows, out)."""
+    return column_times(x, weight) if len(x) == 1 else torch.mm(x, weight)
+
+
+def addmm(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """torch.addmm: y (rows, out) + x (rows, in) times weight (in, out)."""
+    return y + column_times(x, weight) if len(x) == 1 else torch.addmm(y, x, weight)
+
+
+def column_times(x: Tensor, weight: Tensor) -> Tensor:
+    """x (1, in) times weight (in, out): (1, out)."""
+    return (wide(written(x)).T * wide(weight)).sum(0, keepdim=True).to(x.dtype)
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask=None, scale: float | None = None, enable_gqa=False, **named
 ) -> Tensor:
@@ -78,6 +93,8 @@ def wide(x: Tensor) -> Tensor:
 
 SUMS = {
     F.linear: linear,
+    torch.mm: mm,
+    torch.addmm: addmm,
     F.scaled_dot_product_attention: attention,
     torch._weight_int8pack_mm: linear8,
     torch._weight_int4pack_mm_for_cpu: linear4,

@@ -13,7 +13,7 @@ from lightlib import decode
 from lightlib.decode import generate, lean_path
 from lightlib.decoder import cast, find_blocks
 from lightlib.measure import latency, size
-from lightlib.one_row import attention, linear, linear8
+from lightlib.one_row import addmm, attention, linear, linear8, mm
 from lightlib.quantization.grid import Int
 from lightlib.quantization.rtn import rtn
 from tests.conftest import VOCABULARY, random_model
@@ -52,6 +52,14 @@ def test_a_row_times_a_weight_is_linear():
         torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
         codes, scale = torch.randint(-9, 9, (n_out, 5), dtype=torch.int8), torch.rand(n_out)
         torch.testing.assert_close(linear8(x[0], codes, scale), x[0] @ (codes * scale[:, None]).T)
+
+
+def test_a_product_with_columns_of_one_row_as_sums_is_that_product():
+    torch.manual_seed(0)
+    for rows in (1, 3):
+        x, weight, y = torch.randn(rows, 5), torch.randn(5, 6), torch.randn(rows, 6)
+        torch.testing.assert_close(mm(x, weight), x @ weight)
+        torch.testing.assert_close(addmm(y, x, weight), y + x @ weight)
 
 
 def test_attention_of_one_query_is_attention():

@@ -1,5 +1,7 @@
 """The explorers of slicing: equal to slicegpt's own counts and to the algebra of norms, and quick."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from lightlib.widgets.slice_map import (
     columns,
     dense_parts,
     linear_flop,
+    passes,
     slice_map,
     sliced_parts,
 )  # fmt: skip
@@ -104,6 +107,7 @@ def test_the_map_counts_the_real_model_to_the_last_parameter():
         ({"rotations": "sublayer", "slice_head": False}, 140_652_288, 11_259_648),
         ({"rotations": "block"}, 135_053_568, 5_660_928),
         ({"rotations": "sublayer", "slice_head": True}, 133_291_008, 11_197_440),
+        ({"shortcuts": "low_rank", "slice_head": False}, 133_062_912, 3_670_272),
     ):
         result = ex.set(**settings).result
         assert result["parameters_sliced"] == parameters and result["width_kept"] == 432
@@ -125,20 +129,25 @@ def shape_of(model) -> Shape:
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("rotations", ["sublayer", "block"])
 @pytest.mark.parametrize("slice_head", [False, True])
-def test_parameters_and_flops_are_those_of_what_slicegpt_leaves(name, rotations, slice_head, calib):
+@pytest.mark.parametrize("shortcuts", ["low_rank", "full"])
+def test_parameters_and_flops_are_those_of_what_slicegpt_leaves(
+    name, rotations, slice_head, shortcuts, calib
+):
     model = random_model(name)
     shape = shape_of(model)
     for fraction, round_to in ((0.0, 8), (0.1, 1), (0.25, 8), (0.5, 8)):
-        knobs = {"rotations": rotations, "slice_head": slice_head}
+        knobs = {"rotations": rotations, "slice_head": slice_head, "shortcuts": shortcuts}
         light = slicegpt(
             model, calib, slice_fraction=fraction, round_to=round_to, progress=False, **knobs
         ).model
-        parts = sliced_parts(shape, kept_width(torch.ones(32), fraction, round_to), **knobs)
+        kept = kept_width(torch.ones(32), fraction, round_to)
+        parts = sliced_parts(shape, kept, **knobs)
         assert sum(parts.values()) == size(light).parameters
-        shortcuts = [p.numel() for n, p in light.named_parameters() if "shortcut" in n]
-        assert parts["shortcuts"] == sum(shortcuts) and parts["head"] == light.lm_head.weight.numel()
+        in_shortcuts = sum(p.numel() for n, p in light.named_parameters() if "shortcut" in n)
+        assert parts["shortcuts"] == in_shortcuts and parts["head"] == light.lm_head.weight.numel()
         attention = 4 * shape.layers * shape.heads * shape.head_dim
-        assert linear_flop(parts) + attention == flops(light, 1).decode_per_token
+        flop = linear_flop(parts, passes(shape, kept, shortcuts))
+        assert flop + attention == flops(light, 1).decode_per_token
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -157,17 +166,24 @@ def test_the_dense_model_is_counted_as_the_library_counts_it(tied):
 @pytest.mark.parametrize("model", SHAPES)
 def test_at_its_break_even_a_sliced_model_costs_what_the_dense_one_does(model):
     shape = SHAPES[model]
-    for rotations in ("sublayer", "block"):
-        result = slice_map().set(model=model, rotations=rotations).result
+    for rotations, shortcuts in itertools.product(("sublayer", "block"), ("full", "low_rank")):
+        result = slice_map().set(model=model, rotations=rotations, shortcuts=shortcuts).result
 
-        def at(share, shape=shape, rotations=rotations):
-            return sliced_parts(shape, shape.width * (1 - share), rotations)
+        def at(share, shape=shape, rotations=rotations, shortcuts=shortcuts):
+            return sliced_parts(shape, shape.width * (1 - share), rotations, False, shortcuts)
+
+        def flop_at(share, at=at, shape=shape, shortcuts=shortcuts):
+            return linear_flop(at(share), passes(shape, shape.width * (1 - share), shortcuts))
 
         even = result["smaller_than_untied_from_share"]
-        assert sum(at(even).values()) == pytest.approx(result["parameters_untied"], rel=1e-9)
-        assert sum(at(even - 0.01).values()) > result["parameters_untied"]
-        same = linear_flop(at(result["computes_less_from_share"]))
-        assert same == pytest.approx(result["dense_per_token_flop"], rel=1e-9)
+        if shortcuts == "low_rank":  # they cost nothing where nothing is cut, so each cut saves
+            assert even == result["computes_less_from_share"] == pytest.approx(0, abs=1e-12)
+            assert flop_at(0.01) < flop_at(0) == pytest.approx(result["dense_per_token_flop"], rel=1e-9)
+        else:
+            assert sum(at(even).values()) == pytest.approx(result["parameters_untied"], rel=1e-9)
+            assert sum(at(even - 0.01).values()) > result["parameters_untied"]
+            same = flop_at(result["computes_less_from_share"])
+            assert same == pytest.approx(result["dense_per_token_flop"], rel=1e-9)
         if shape.tied:
             assert result["smaller_than_tied_from_share"] > even
             tied = sum(at(result["smaller_than_tied_from_share"]).values())
@@ -192,13 +208,20 @@ def test_it_says_whether_untying_the_head_was_worth_it():
     assert " larger than the dense one" in ex.set(cut=5).result["says"]
 
 
+def test_shortcuts_of_low_rank_cost_nothing_where_nothing_is_cut():
+    result = slice_map().set(cut=0, shortcuts="low_rank").result
+    assert result["parameters_in_shortcuts"] == 0
+    assert result["sliced_per_token_flop"] == result["dense_per_token_flop"]
+
+
 @pytest.mark.parametrize("rotations", ["sublayer", "block"])
-def test_the_map_shows_every_weight_of_a_block_once(rotations):
+@pytest.mark.parametrize("shortcuts", ["full", "low_rank"])
+def test_the_map_shows_every_weight_of_a_block_once(rotations, shortcuts):
     shape = SHAPES["SmolLM2-135M"]
-    shown = columns(shape, 432, rotations, True)
+    shown = columns(shape, 432, rotations, True, shortcuts)
     area = {c.title: (c.kept_length or sum(c.lengths)) * c.kept for c in shown if c.lengths}
     drawn = shape.layers * sum(n for name, n in area.items() if name not in ("embedding", "head"))
-    parts = sliced_parts(shape, 432, rotations, True)
+    parts = sliced_parts(shape, 432, rotations, True, shortcuts)
     assert drawn == parts["blocks"] + parts["shortcuts"]
     assert (area["embedding"], area["head"]) == (parts["embedding"], parts["head"])
 

@@ -18,6 +18,7 @@ from gguf import (
 from torch import Tensor, nn
 
 from lightlib.compact import CompactLinear
+from lightlib.decoder import head_dim
 from lightlib.export.gguf_blocks import blocks, halves_to_pairs, plain
 from lightlib.export.gguf_tokenizer import WAY_OUT, add_tokenizer
 from lightlib.export.huggingface import check_shapes, skeleton
@@ -46,7 +47,7 @@ def to_gguf(model: nn.Module, tokenizer, path: str | Path) -> Path:
     check(model)
     tensors = dict(named_blocks(model))
     writer = GGUFWriter(None, MODEL_ARCH_NAMES[ARCHITECTURES[model.config.model_type]])
-    add_shape(writer, model.config, tensors)
+    add_shape(writer, model, tensors)
     add_tokenizer(writer, tokenizer, model.config.vocab_size)
     for name, (kind, data) in tensors.items():
         writer.add_tensor(name, data.contiguous().numpy(), raw_dtype=kind)
@@ -105,10 +106,10 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, tuple[GGMLQuantizationType
                 yield key, plain(parameter)
 
 
-def add_shape(writer: GGUFWriter, config, tensors: dict) -> None:
+def add_shape(writer: GGUFWriter, model: nn.Module, tensors: dict) -> None:
     """The keys that describe the model; the kind of file is that of most matrices."""
     kind = Counter(kind.name for kind, data in tensors.values() if data.dim() == 2).most_common(1)[0][0]
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    config, width = model.config, head_dim(model)
     writer.add_type("model")
     writer.add_name(Path(config.name_or_path).name or "lightlib")
     writer.add_file_type(LlamaFileType.ALL_F32 if kind == "F32" else LlamaFileType[f"MOSTLY_{kind}"])
@@ -119,9 +120,9 @@ def add_shape(writer: GGUFWriter, config, tensors: dict) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_rope_dimension_count(width)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)

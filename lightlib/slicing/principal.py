@@ -25,6 +25,20 @@ def principal_directions(gram: Tensor) -> tuple[Tensor, Tensor]:
     return vectors.flip(1), values / values.sum().clamp_min(1e-300)
 
 
+def nearest_basis(Q1: Tensor, Q2: Tensor) -> tuple[Tensor, Tensor]:
+    """Of all bases of the span of Q2 (d, k2) the one nearest to Q1 (d, k1 <= k2), and what keeps them apart.
+
+    Both have orthonormal columns, float64. Returns Q (d, k2) and B (k1, d - k2) with Q1^T Q = [I - B B^T, 0]:
+    the polar factor of Q1^T Q2 turns Q2; principal directions that both spans share need no column in B.
+    Bjorck and Golub 1973, Mathematics of Computation 27, 579-594.
+    """
+    (d, k1), k2 = Q1.shape, Q2.shape[1]
+    U, cosines, V_T = torch.linalg.svd(Q1.T @ Q2)
+    Q = Q2 @ torch.cat((V_T[:k1].T @ U.T, V_T[k1:].T), dim=1)
+    apart = slice(k1 - min(k1, d - k2), None)
+    return Q, U[:, apart] * (1 - cosines[apart]).clamp_min(0).sqrt()
+
+
 def kept_width(shares: Tensor, fraction: float, round_to: int, variance: float | None = None) -> int:
     """How many directions stay: all but a `fraction`, or as few as hold `variance`, in steps of `round_to`.
 

@@ -9,16 +9,25 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from lightlib.calibration import stream_blocks
 from lightlib.change import changing
 from lightlib.decoder import ends_as_wide, roles
 from lightlib.report import Compressed, LayerReport, Report
-from lightlib.slicing.principal import gram_of, kept_width, principal_directions, shares_of
-from lightlib.slicing.stream import Place, open_stream, places, share_basis, turn
+from lightlib.slicing.principal import gram_of, kept_width, nearest_basis, principal_directions, shares_of
+from lightlib.slicing.stream import (
+    Place,
+    low_rank_pays,
+    open_stream,
+    places,
+    share_basis,
+    turn,
+    use_low_rank,
+)
 
-ROTATIONS, SIGNALS = ("sublayer", "block"), ("raw", "normed")
+ROTATIONS, SIGNALS, SHORTCUTS = ("sublayer", "block"), ("raw", "normed"), ("low_rank", "full")
 
 
 def slicegpt(
@@ -30,6 +39,7 @@ def slicegpt(
     round_to: int = 8,
     rotations: str = "sublayer",
     signal: str = "raw",
+    shortcuts: str = "low_rank",
     slice_head: bool = False,
     progress: bool = True,
     inplace: bool = False,
@@ -40,22 +50,30 @@ def slicegpt(
     explained_variance: keep as many at each place as hold this share of |X|^2 instead. round_to: widths are
     multiples of it. rotations: "sublayer", in front of attention and of MLP, as in the paper; "block" uses
     one for both, which saves every second shortcut. signal: "raw" takes the principal directions of the
-    stream, as the authors' code does, "normed" those of what leaves the norm, as the paper says. slice_head:
-    the head reads a sliced stream too; otherwise its input stays whole (with GPT-2, the embedding's output
-    then stays whole as well). The head gets a weight of its own, and residuals pass through shortcut
-    matrices; the report counts both, and says what each place keeps.
+    stream, as the authors' code does, "normed" those of what leaves the norm, as the paper says. shortcuts:
+    "low_rank" turns each place's basis as near to the one before as its directions allow, so that the
+    shortcut is I - B B^T, equal to the "full" matrix of the paper and smaller; it is used where it takes less
+    products, below a third. slice_head: the head reads a sliced stream too; otherwise its input stays whole
+    (with GPT-2, the embedding's output then stays whole as well). The head gets a weight of its own, and
+    residuals pass through shortcuts; the report counts both, and says what each place keeps.
     Raises ValueError for settings that do not fit.
     """
     if not batches:
         raise ValueError("slicegpt needs batches: it takes the principal directions of what they make")
-    for name, value, known in (("rotations", rotations, ROTATIONS), ("signal", signal, SIGNALS)):
+    choices = (
+        ("rotations", rotations, ROTATIONS),
+        ("signal", signal, SIGNALS),
+        ("shortcuts", shortcuts, SHORTCUTS),
+    )
+    for name, value, known in choices:
         if value not in known:
             raise ValueError(f"{name}={value!r}: choose one of {', '.join(known)}")
     with changing(model, inplace) as light:
         before = bits_by_module(light)
         stream = places(open_stream(light))
         fractions = fraction_of_each(slice_fraction, len(stream), slice_head)
-        cut = Cut(light, stream, fractions, explained_variance, round_to, signal == "normed")
+        low_rank = shortcuts == "low_rank"
+        cut = Cut(light, stream, fractions, explained_variance, round_to, signal == "normed", low_rank)
         if ends_as_wide(light) and not slice_head:
             cut.fixed[0] = light.config.hidden_size
         for block in stream_blocks(light, batches, progress=progress, title="slicegpt"):
@@ -74,7 +92,9 @@ def slicegpt(
         if slice_head:
             cut.fixed |= {len(stream) - 1: cut.widths[0]} if ends_as_wide(light) else {}
             cut(block.run())
-        settings = {"widths": cut.widths, "shared": rotations == "block"}
+        else:
+            cut.leave_whole()
+        settings = {"widths": cut.widths, "shared": rotations == "block", "low_rank": low_rank}
         light.structure = [*getattr(light, "structure", []), [RESTRUCTURE, settings]]
         report = cut.report(before)
     return Compressed(light, report)
@@ -113,6 +133,8 @@ class Cut:
     variance: float | None
     round_to: int
     normed: bool
+    low_rank: bool
+    basis: Tensor | None = None  # (width, kept) of the last place that was cut
     widths: list[int] = field(default_factory=list)
     held: list[float] = field(default_factory=list)  # the share of |X|^2 that is kept at each place
     fixed: dict[int, int] = field(default_factory=dict)  # widths that are not free, by place
@@ -125,18 +147,30 @@ class Cut:
         Q, shares = principal_directions(gram_of(signals, self.normed))
         at = len(self.widths)
         kept = self.fixed.get(at) or kept_width(shares, self.fractions[at], self.round_to, self.variance)
+        return self.put(Q[:, :kept], shares[:kept].sum().item(), count)
+
+    def leave_whole(self) -> None:
+        """Cut nothing at the last place; where shortcuts are low-rank, its basis is chosen to need none."""
+        self.put(torch.eye(self.model.config.hidden_size, dtype=torch.float64), 1.0)
+
+    def put(self, Q: Tensor, held: float, count: int = 1) -> Tensor:
+        """Bring the next `count` places into the span of Q (width, kept); returns the basis that they got."""
+        at, (width, kept), B = len(self.widths), Q.shape, None
+        if self.low_rank and self.basis is not None and low_rank_pays(width, self.basis.shape[1], kept):
+            Q, B = nearest_basis(self.basis, Q)
         for place in self.stream[at : at + count]:
-            turn(self.model, place, Q[:, :kept])
+            turn(self.model, place, Q)
             self.widths.append(kept)
-            self.held.append(shares[:kept].sum().item())
-        return Q[:, :kept]
+            self.held.append(held)
+        if B is not None:
+            use_low_rank(self.model, self.stream[at], B, kept)
+        self.basis = Q
+        return Q
 
     def report(self, before: dict[str, int]) -> Report:
         """A row for each module that was cut or came to be; error: what of |X| is lost at its place."""
         width, rows, after = self.model.config.hidden_size, {}, bits_by_module(self.model)
-        whole = len(self.stream) - len(self.widths)  # the last place, where the head reads all
-        kept_and_held = [*zip(self.widths, self.held, strict=True), *[(width, 1.0)] * whole]
-        for place, (kept, held) in zip(self.stream, kept_and_held, strict=True):
+        for place, kept, held in zip(self.stream, self.widths, self.held, strict=True):
             notes = f"{kept} of {width} directions, {held:.2%} of |X|^2"
             for name in (*place.writers, *place.readers):
                 if name in after:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightlib.decoder import Roles, feed_forward, find_blocks, is_parallel, roles
-from lightlib.shortcut import Shortcut
+from lightlib.shortcut import LowRankShortcut, Shortcut
 from lightlib.slicing.invariance import UnitNorm, fold_norms, put
 
 
@@ -72,10 +72,17 @@ class SlicedBlock(nn.Module):
 
 @dataclass(frozen=True)
 class Place:
-    """A place in the stream: names of the modules that write there and of those that read there."""
+    """A place in the stream: names of the modules that write there and of those that read there.
+
+    shortcut: the writer that brings the residual there; the first place has none.
+    """
 
     writers: tuple[str, ...]
     readers: tuple[str, ...]
+
+    @property
+    def shortcut(self) -> str | None:
+        return next((name for name in self.writers if name.endswith("_shortcut")), None)
 
 
 def open_stream(model: nn.Module) -> nn.Module:
@@ -132,13 +139,30 @@ def share_basis(block: SlicedBlock) -> None:
     block.attention_shortcut = None
 
 
-def restructure(model: nn.Module, widths: list[int], shared: bool) -> nn.Module:
+def low_rank_pays(width: int, before: int, after: int) -> bool:
+    """Whether a shortcut from `before` to `after` of `width` directions takes less products as I - B B^T."""
+    return before <= after and 2 * (width - after) < after
+
+
+@torch.no_grad()
+def use_low_rank(model: nn.Module, place: Place, B: Tensor, after: int) -> None:
+    """Bring the residual to a place of `after` directions through I - B B^T, B (before, rank). In place."""
+    old = model.get_submodule(place.shortcut).weight
+    model.set_submodule(place.shortcut, LowRankShortcut(B.to(old), after))
+
+
+def restructure(model: nn.Module, widths: list[int], shared: bool, low_rank: bool) -> nn.Module:
     """The structure of a sliced model, with weights still to be filled. In place.
 
-    widths: of each place, without the last one where it is whole; shared: whether blocks have one basis each.
+    widths: of each place; shared: whether blocks have one basis each; low_rank: whether shortcuts are
+    I - B B^T where that pays.
     """
-    for place, width in zip(places(open_stream(model)), widths, strict=False):
-        turn(model, place, torch.eye(model.config.hidden_size, width, dtype=torch.float64))
+    width, before = model.config.hidden_size, None
+    for place, after in zip(places(open_stream(model)), widths, strict=True):
+        turn(model, place, torch.eye(width, after, dtype=torch.float64))
+        if low_rank and before is not None and low_rank_pays(width, before, after):
+            use_low_rank(model, place, torch.zeros(before, min(before, width - after)), after)
+        before = after
     for block in find_blocks(model).values():
         if shared and not block.parallel:
             share_basis(block)

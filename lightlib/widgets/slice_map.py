@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lightlib.slicing.slicegpt import ROTATIONS, kept_width
+from lightlib.slicing.stream import low_rank_pays
 from lightlib.widgets.anatomy import FAMILIES, MODELS, Shape, parameters
 from lightlib.widgets.explorer import Explorer
 from lightlib.widgets.numbers import scaled
@@ -38,7 +39,11 @@ def dense_parts(shape: Shape, tied: bool) -> dict[str, int]:
 
 
 def sliced_parts(
-    shape: Shape, kept: float, rotations: str = "sublayer", slice_head: bool = False
+    shape: Shape,
+    kept: float,
+    rotations: str = "sublayer",
+    slice_head: bool = False,
+    shortcuts: str = "low_rank",
 ) -> dict[str, float]:
     """Parameters by part as `slicegpt` leaves them with `kept` directions at every place; whole if kept is.
 
@@ -46,19 +51,27 @@ def sliced_parts(
     """
     last = kept if slice_head else shape.width
     places = shape.layers * (2 if rotations == "sublayer" else 1)  # each ends in a shortcut
+    each = kept * (shape.width - kept if passes(shape, kept, shortcuts) == 2 else kept)
+    # to all directions a shortcut of low rank needs no weights
+    last_one = each if slice_head else 0 if shortcuts == "low_rank" else kept * last
     dense = dense_parts(shape, tied=True)
     return {
         "embedding": shape.vocabulary * kept,
         "blocks": dense["blocks"] // shape.width * kept + shape.d_ff * (last - kept),
-        "shortcuts": (places - 1) * kept * kept + kept * last,
+        "shortcuts": (places - 1) * each + last_one,
         "head": shape.vocabulary * last,
         "other": dense["other"] - (2 * shape.layers + 1) * shape.width,
     }
 
 
-def linear_flop(parts: dict[str, float]) -> float:
-    """FLOPs a token of what is multiplied by; an embedding is looked up."""
-    return 2 * (parts["blocks"] + parts["shortcuts"] + parts["head"])
+def passes(shape: Shape, kept: float, shortcuts: str) -> int:
+    """How often a token is multiplied by the weights of a shortcut: twice where it is of low rank."""
+    return 2 if shortcuts == "low_rank" and low_rank_pays(shape.width, kept, kept) else 1
+
+
+def linear_flop(parts: dict[str, float], passes: int = 1) -> float:
+    """FLOPs a token of what is multiplied by, shortcuts `passes` times; an embedding is looked up."""
+    return 2 * (parts["blocks"] + passes * parts["shortcuts"] + parts["head"])
 
 
 def break_even(measure: Callable[[float], float], dense: float, width: int) -> float:
@@ -80,19 +93,20 @@ class Column(NamedTuple):
     kept_length: int | None = None  # rows that stay, where not all do
 
 
-def columns(shape: Shape, kept: int, rotations: str, slice_head: bool) -> list[Column]:
+def columns(shape: Shape, kept: int, rotations: str, slice_head: bool, shortcuts: str) -> list[Column]:
     """What stands in the map, from left to right; no lengths: there is no such matrix."""
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    rows = shape.width - kept if passes(shape, kept, shortcuts) == 2 else kept
     first = (shape.width,) if rotations == "sublayer" else ()
     return [
         Column("embedding", "embedding", (shape.vocabulary,), kept),
         Column("W_q W_k W_v", "blocks", (q, kv, kv), kept),
         Column("W_o", "blocks", (q,), kept),
-        Column("shortcut 1", "shortcuts", first, kept, kept),
+        Column("shortcut 1", "shortcuts", first, kept, rows),
         Column("W_gate", "blocks", (shape.d_ff,), kept),
         Column("W_up", "blocks", (shape.d_ff,), kept),
         Column("W_down", "blocks", (shape.d_ff,), kept),
-        Column("shortcut 2" if first else "shortcut", "shortcuts", (shape.width,), kept, kept),
+        Column("shortcut 2" if first else "shortcut", "shortcuts", (shape.width,), kept, rows),
         Column("head", "head", (shape.vocabulary,), kept if slice_head else shape.width),
     ]
 
@@ -196,21 +210,25 @@ def verdict(tied: float | None, untied: float, sliced: float, even: float) -> st
 
 
 def slice_map(**options) -> Explorer:
-    """Explore what SliceGPT deletes and adds: the cut, the model, widths' multiples, rotations, and the head.
+    """Explore what SliceGPT deletes and adds: the cut, the model, widths' multiples, rotations, shortcuts as
+    in the paper or of low rank, and the head.
 
     >>> slice_map().set(cut=25).result["parameters_sliced"]
     140652288
     """
 
-    def compute(model, cut, round_to, rotations, slice_head):
+    def compute(model, cut, round_to, rotations, shortcuts, slice_head):
         shape = SHAPES[model]
         kept = kept_width(torch.ones(shape.width), cut / 100, round_to)
 
         def parts(width):
-            return sliced_parts(shape, width, rotations, slice_head)
+            return sliced_parts(shape, width, rotations, slice_head, shortcuts)
 
         def total(width):
             return sum(parts(width).values())
+
+        def flop_at(width):
+            return linear_flop(parts(width), passes(shape, width, shortcuts))
 
         untied = dense_parts(shape, tied=False)
         dense = {"dense, untied" if shape.tied else "dense": untied}
@@ -232,13 +250,13 @@ def slice_map(**options) -> Explorer:
             **({"sliced_over_tied": size / tied[0]} if tied else {}),
             "saved_of_untied_share": 1 - size / untied_size,
             "dense_per_token_flop": flop,
-            "sliced_per_token_flop": linear_flop(sliced),
+            "sliced_per_token_flop": flop_at(kept),
             **({"smaller_than_tied_from_share": tied[1]} if tied else {}),
             "smaller_than_untied_from_share": untied_even,
-            "computes_less_from_share": break_even(lambda w: linear_flop(parts(w)), flop, shape.width),
+            "computes_less_from_share": break_even(flop_at, flop, shape.width),
             "says": verdict(tied and tied[0], untied_size, size, tied[1] if tied else untied_even),
             "shape": shape,
-            "columns": columns(shape, kept, rotations, slice_head),
+            "columns": columns(shape, kept, rotations, slice_head, shortcuts),
             "stacks": dense | {"sliced": sliced},
             "even": even,
             "curve": (at, np.array([total(shape.width * (1 - share)) for share in at])),
@@ -250,5 +268,6 @@ def slice_map(**options) -> Explorer:
         cut=W.IntSlider(25, 0, 50, description="cut (%)"),
         round_to=W.SelectionSlider(options=[1, 8, 64, 128], value=8, description="multiples of"),
         rotations=W.Dropdown(options=[(f"one a {name}", name) for name in ROTATIONS]),
+        shortcuts=W.Dropdown(options=[("full", "full"), ("of low rank", "low_rank")]),
         slice_head=W.Checkbox(False, description="slice the head", indent=True),
     )  # fmt: skip

@@ -13,8 +13,9 @@ from lightlib.decoder import cast, find_blocks, linear_shapes, parameters_by_par
 from lightlib.quantization.gptq import gptq
 from lightlib.quantization.grid import Int
 from lightlib.recipe import compress
+from lightlib.shortcut import LowRankShortcut, Shortcut
 from lightlib.slicing.invariance import UnitNorm, fold_norms
-from lightlib.slicing.principal import kept_width, principal_directions
+from lightlib.slicing.principal import kept_width, nearest_basis, principal_directions
 from lightlib.slicing.slicegpt import slicegpt, spectra
 from lightlib.slicing.stream import open_stream, places, turn
 
@@ -101,8 +102,12 @@ def test_every_weight_gets_smaller_by_what_its_place_keeps(llama, calib):
     shapes = {name.removeprefix("model.layers."): shape for name, shape in linear_shapes(light).items()}
     assert shapes["0.self_attn.q_proj"] == (32, 16) and shapes["0.self_attn.o_proj"] == (24, 32)
     assert shapes["0.mlp.up_proj"] == (64, 24) and shapes["0.mlp.down_proj"] == (24, 64)
-    assert shapes["0.attention_shortcut"] == (24, 16) and shapes["0.mlp_shortcut"] == (24, 24)
-    assert shapes["1.self_attn.o_proj"] == (32, 32) and shapes["1.mlp_shortcut"] == (32, 32)
+    shortcuts = {name: part for name, part in light.named_modules() if isinstance(part, Shortcut)}
+    weights = [tuple(part.weight.shape) for part in shortcuts.values()]
+    # from 16 to 24 directions 8 are apart, from 24 to 24 as many; where all are there, none is
+    assert weights == [(16, 8), (24, 8), (24, 0), (32, 0)]
+    assert shapes["0.attention_shortcut"] == (16, 16) and shapes["1.mlp_shortcut"] == (0, 32)
+    assert shapes["1.self_attn.o_proj"] == (32, 32)
     assert light.model.embed_tokens.weight.shape == (96, 16) and light.lm_head.weight.shape == (96, 32)
     rows = {row.name: row for row in report}
     assert sum(row.bits_after for row in report) == 32 * size(light).parameters
@@ -113,6 +118,7 @@ def test_every_weight_gets_smaller_by_what_its_place_keeps(llama, calib):
 
 def test_a_sliced_head_reads_a_sliced_stream(llama, calib):
     light = sliced(llama, calib, slice_fraction=0.25, slice_head=True)
+    assert light.model.layers[1].mlp_shortcut.weight.shape == (24, 8)
     assert light.lm_head.in_features == 24 and light.model.layers[1].mlp.down_proj.out_features == 24
 
 
@@ -121,19 +127,61 @@ def test_one_rotation_a_block_saves_the_attentions_shortcuts(llama, calib):
     names = {name for name, _ in one.named_parameters()}
     assert not any("attention_shortcut" in name for name in names)
     saved = size(each).parameters - size(one).parameters
-    assert saved == 2 * 24 * 24
+    assert saved == 2 * 24 * 8
 
 
 def test_shortcuts_are_counted_for_what_they_are(llama, calib):
     light = sliced(llama, calib)
     parts, flop = parameters_by_part(light), flops(light, 16)
-    # three from 24 to 24 directions, and the last one to all 32
-    assert parts["shortcuts"] == 3 * 24 * 24 + 24 * 32 and parts["norms"] == 0
+    # three from 24 to 24 directions, of which 8 are apart; none is from 24 to all 32
+    assert parts["shortcuts"] == 3 * 24 * 8 and parts["norms"] == 0
     assert sum(parts.values()) == size(light).parameters
     rest = flops(llama, 16).decode_per_token - flop.decode_per_token
     blocks = sum(p.numel() for n, p in llama.named_parameters() if "proj" in n)
     kept = sum(p.numel() for n, p in light.named_parameters() if "proj" in n)
-    assert rest == 2 * (blocks - kept - parts["shortcuts"])
+    assert rest == 2 * (blocks - kept - 2 * parts["shortcuts"])  # each is multiplied by twice
+
+
+def test_full_shortcuts_are_counted_as_in_the_paper(llama, calib):
+    light = sliced(llama, calib, shortcuts="full")
+    # three from 24 to 24 directions, and the last one to all 32
+    assert parameters_by_part(light)["shortcuts"] == 3 * 24 * 24 + 24 * 32
+    each = flops(light, 16).decode_per_token - flops(sliced(llama, calib), 16).decode_per_token
+    assert each == 2 * (3 * 24 * (24 - 2 * 8) + 24 * 32)
+
+
+# shortcuts of low rank
+@pytest.mark.parametrize(("k1", "k2"), [(6, 6), (5, 7), (6, 8), (3, 3), (8, 8)])
+def test_the_nearest_basis_spans_the_same_and_leaves_a_difference_of_low_rank(k1, k2):
+    generator = torch.Generator().manual_seed(k1)
+    Q1, Q2 = (
+        torch.linalg.qr(torch.randn(8, k, dtype=torch.float64, generator=generator))[0] for k in (k1, k2)
+    )
+    Q, B = nearest_basis(Q1, Q2)
+    torch.testing.assert_close(Q.T @ Q, torch.eye(k2, dtype=torch.float64))
+    torch.testing.assert_close(Q @ Q.T, Q2 @ Q2.T)
+    assert B.shape == (k1, min(k1, 8 - k2))
+    near = torch.cat((torch.eye(k1).double() - B @ B.T, torch.zeros(k1, k2 - k1).double()), 1)
+    torch.testing.assert_close(Q1.T @ Q, near)
+    # no other basis of that span is nearer
+    for _ in range(20):
+        R = torch.linalg.qr(torch.randn(k2, k2, dtype=torch.float64, generator=generator))[0]
+        assert (Q2 @ R)[:, :k1].sub(Q1).norm() >= Q[:, :k1].sub(Q1).norm() - 1e-12
+
+
+@pytest.mark.parametrize("knobs", [{}, {"rotations": "block"}, {"slice_head": True}])
+def test_shortcuts_of_low_rank_change_no_output_on_any_family(model, calib, knobs):
+    full, low = (sliced(model, calib, shortcuts=kind, **knobs) for kind in ("full", "low_rank"))
+    expected = logits(full, calib[0])
+    assert (logits(low, calib[0]) - expected).norm() <= 1e-4 * expected.norm()
+    assert size(low).parameters < size(full).parameters
+
+
+@pytest.mark.parametrize(("fraction", "pays"), [(0.25, True), (0.375, False)])
+def test_shortcuts_are_of_low_rank_below_a_third_where_that_takes_less_products(llama, calib, fraction, pays):
+    light = sliced(llama, calib, slice_fraction=fraction, slice_head=True)
+    kinds = {type(part) for part in light.modules() if isinstance(part, Shortcut)}
+    assert kinds == {LowRankShortcut if pays else Shortcut}
 
 
 def test_the_compiled_step_decodes_a_sliced_model(llama, calib):
@@ -147,7 +195,7 @@ def test_variance_decides_each_width(llama, calib):
     held = [float(row.notes.split()[-3].rstrip("%,")) for row in report if row.name.endswith("q_proj")]
     assert all(90 <= share < 100 for share in held)
     widths = light.structure[0][1]["widths"]
-    assert len(set(widths)) > 1 and len(widths) == 4
+    assert len(set(widths[:-1])) > 1 and len(widths) == 5 and widths[-1] == 32
 
 
 def test_a_stream_in_use_loses_more_the_more_is_cut(llama, calib):
