@@ -7,7 +7,7 @@ Hu et al. 2021, arXiv:2106.09685; on packed weights as in QLoRA, Dettmers et al.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -73,7 +73,7 @@ def lora(
     model: nn.Module,
     batches: list[Tensor],
     *,
-    rank: int = 8,
+    rank: int | Mapping[str, int] = 8,
     alpha: float = 16,
     targets: Collection[str] | None = None,
     steps: int = 100,
@@ -122,13 +122,18 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def add_lora(
-    model: nn.Module, *, rank: int = 8, alpha: float = 16, targets: Collection[str] | None = None
+    model: nn.Module,
+    *,
+    rank: int | Mapping[str, int] = 8,
+    alpha: float = 16,
+    targets: Collection[str] | None = None,
 ) -> list[str]:
     """Put an update beside every linear layer of the blocks, in place; returns their names.
 
-    No output changes, since B begins at zero. targets: only layers whose last name part is among these, such
-    as ("q_proj", "v_proj"). Raises ValueError for a target that no layer has, for a rank that does not fit,
-    and where there are updates already.
+    No output changes, since B begins at zero. rank: one for all layers, or {block: the rank of its layers},
+    where blocks that are not named learn nothing. targets: only layers whose last name part is among these,
+    such as ("q_proj", "v_proj"). Raises ValueError for a target that no layer has, a block that there is not,
+    for a rank that does not fit, and where there are updates already.
     """
     use_linear_everywhere(model)
     shapes = block_linears(model)
@@ -138,20 +143,27 @@ def add_lora(
     unknown = sorted(set(targets or ()) - set(known))
     if unknown or (targets is not None and not targets):
         raise ValueError(f"targets: no layer is named {unknown}; the blocks have {', '.join(known)}")
-    names = [name for name in shapes if targets is None or name.rpartition(".")[2] in targets]
-    for name in names:
-        if not 0 < rank <= min(shapes[name]):
-            raise ValueError(f"{name}: rank={rank} does not lie from 1 to {min(shapes[name])}")
-    wrap(model, names=names, rank=rank, alpha=alpha)
-    return names
+    blocks = list(find_blocks(model))
+    ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(blocks, rank)
+    if strange := sorted(ranks.keys() - set(blocks)):
+        raise ValueError(f"rank: the model has no block {strange[0]}; the first is {blocks[0]}")
+    layers = {}
+    for name in shapes:
+        block = next((block for block in ranks if name.startswith(f"{block}.")), None)
+        if block is not None and (targets is None or name.rpartition(".")[2] in targets):
+            if not 0 < ranks[block] <= min(shapes[name]):
+                raise ValueError(f"{name}: rank={ranks[block]} does not lie from 1 to {min(shapes[name])}")
+            layers[name] = (ranks[block], alpha)
+    wrap(model, layers)
+    return list(layers)
 
 
-def wrap(model: nn.Module, *, names: list[str], rank: int, alpha: float) -> None:
-    """Put an update beside each layer of `names`, and remember it for `save` and `load`. In place."""
+def wrap(model: nn.Module, layers: dict[str, tuple[int, float]]) -> None:
+    """Put updates beside {layer: (rank, alpha)}, and remember them for `save` and `load`. In place."""
     generator = torch.Generator().manual_seed(0)
-    for name in names:
+    for name, (rank, alpha) in layers.items():
         model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha, generator))
-    row = [WRAP, {"names": names, "rank": rank, "alpha": alpha}]
+    row = [WRAP, {"layers": {name: list(pair) for name, pair in layers.items()}}]
     model.structure = [*getattr(model, "structure", []), row]
 
 

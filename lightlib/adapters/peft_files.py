@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
@@ -25,21 +27,21 @@ def save_adapter(model: nn.Module, folder: str | Path, base_name: str = "") -> P
     """Write the updates into `folder` for `peft.PeftModel.from_pretrained(base, folder)` and `load_adapter`.
 
     base_name: where the base model comes from, a note for the reader. Raises ValueError where there are no
-    updates, and for several ranks or alphas.
+    updates.
     """
     folder, layers = Path(folder).expanduser(), lora_layers(model)
-    settings = {(layer.rank, layer.alpha) for layer in layers.values()}
-    if len(settings) != 1:
-        raise ValueError(
-            f"an adapter has one rank and one alpha; this model has {sorted(settings) or 'none'}"
-        )
-    [(rank, alpha)] = settings
+    if not layers:
+        raise ValueError("the model has no LoRA layers to write; add_lora or load_adapter adds them")
+    rank, alpha = (Counter(getattr(layer, key) for layer in layers.values()) for key in ("rank", "alpha"))
+    (rank, _), (alpha, _) = rank.most_common(1)[0], alpha.most_common(1)[0]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name or None,
         "r": rank,
         "lora_alpha": alpha,
+        "rank_pattern": {name: layer.rank for name, layer in layers.items() if layer.rank != rank},
+        "alpha_pattern": {name: layer.alpha for name, layer in layers.items() if layer.alpha != alpha},
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": _target_modules(model, layers),
@@ -62,7 +64,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
     """Put the updates that peft or `save_adapter` wrote beside the layers; returns their names. In place.
 
     Raises ValueError, and changes nothing, for files that are missing or damaged, for what is not plain LoRA
-    of one rank on the blocks' linear layers, and for tensors that do not fit the model.
+    on the blocks' linear layers, and for tensors that do not fit the model.
     """
     folder = Path(folder).expanduser()
     try:
@@ -71,15 +73,16 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no adapter that can be read ({error})") from error
     _check_plain(config, str(folder))
-    rank, alpha = config["r"], config["lora_alpha"]
-    if config.get("use_rslora"):
-        alpha = alpha * math.sqrt(rank)  # it divides by the square root of the rank
     use_linear_everywhere(model)
     shapes = block_linears(model)
     names = [name for name in shapes if f"{PREFIX}{name}.lora_A.weight" in tensors]
-    wanted = {}
+    layers, wanted = {}, {}
     for name in names:
         n_out, n_in = shapes[name]
+        rank = for_layer(config.get("rank_pattern"), name, config["r"])
+        alpha = for_layer(config.get("alpha_pattern"), name, config["lora_alpha"])
+        # rslora divides by the square root of the rank
+        layers[name] = rank, alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
         wanted[f"{PREFIX}{name}.lora_A.weight"] = rank, n_in
         wanted[f"{PREFIX}{name}.lora_B.weight"] = n_out, rank
     given = {key: tuple(t.shape) for key, t in tensors.items()}
@@ -88,7 +91,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
             raise ValueError(f"{folder}: {key} is {given.get(key)}, the model wants {wanted.get(key)}")
     if not names:
         raise ValueError(f"{folder} holds no updates")
-    wrap(model, names=names, rank=rank, alpha=alpha)
+    wrap(model, layers)
     with torch.no_grad():
         for name, layer in lora_layers(model).items():
             layer.A.copy_(tensors[f"{PREFIX}{name}.lora_A.weight"])
@@ -99,12 +102,18 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 # kinds of LoRA that are more, or other, than B A beside a weight
 MORE = (
-    "rank_pattern", "alpha_pattern", "use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save",
+    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save",
     "layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens",
     "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 # ways to begin that leave the base's weight as it is; others (PiSSA, OLoRA, LoftQ ...) change it
 BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+def for_layer(patterns: dict | None, name: str, default: float) -> float:
+    """The value for the layer `name`: of the first of peft's patterns that its name ends in."""
+    found = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name))
+    return next(found, default)
 
 
 def _check_plain(config: dict, where: str) -> None:

@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_refused_and_named(llama):
         add_lora(llama, targets=())
     with pytest.raises(ValueError, match="no LoRA layers to merge"):
         merge_lora(llama)
-    with pytest.raises(ValueError, match="one rank and one alpha; this model has none"):
+    with pytest.raises(ValueError, match="no LoRA layers to write"):
         save_adapter(llama, "nowhere")
     assert not lora_layers(llama)
     assert add_lora(llama, targets="q_proj") == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
@@ -281,6 +281,23 @@ def test_we_read_what_peft_writes(model, family, calib, tmp_path, rslora):
     assert_close(logits(model, calib), logits(theirs, calib), atol=1e-5, rtol=1e-5)
 
 
+def test_each_block_may_have_a_rank_of_its_own(llama, calib, tmp_path):
+    blocks = list(find_blocks(llama))
+    names = add_lora(llama, rank={blocks[0]: 2, blocks[1]: 5}, alpha=6)
+    assert {layer.rank for name, layer in lora_layers(llama).items() if name.startswith(blocks[1])} == {5}
+    lora_layers(llama)[names[0]].alpha = 3
+    folder = save_adapter(move(llama), tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(random_model("llama"), folder)
+    assert_close(logits(theirs, calib), logits(llama, calib), atol=1e-5, rtol=1e-5)
+    ours = random_model("llama")
+    assert load_adapter(ours, folder) == names
+    assert torch.equal(logits(ours, calib), logits(llama, calib))
+    merge_lora(ours)
+    assert add_lora(ours, rank={blocks[1]: 2}) == [name for name in names if name.startswith(blocks[1])]
+    with pytest.raises(ValueError, match=r"no block model\.layers\.7; the first is model\.layers\.0"):
+        add_lora(random_model("llama"), rank={"model.layers.7": 2})
+
+
 def test_names_are_written_whole_where_their_ends_would_mean_other_layers_too(llama, calib, tmp_path):
     add_lora(llama, rank=2, targets=("up_proj",))
     llama.model.layers[1].mlp.up_proj = llama.model.layers[1].mlp.up_proj.base
@@ -303,8 +320,7 @@ def test_an_adapter_goes_beside_packed_layers(llama, calib, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern={'q_proj': 4} is not plain LoRA"),
-        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
+        ({"rank_pattern": {"q_proj": 4}}, r"q_proj.lora_A.weight is \(2, 32\), the model wants \(4, 32\)"),
         ({"use_dora": True}, "use_dora=True"),
         ({"bias": "all"}, "bias='all'"),
         ({"peft_type": "IA3"}, "peft_type='IA3'"),
