@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -70,6 +74,42 @@ class CompactLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.settings()}"
+
+
+class Through(torch.autograd.Function):
+    """forward(x) of a packed layer with the gradients to x and bias that its dense weight gives.
+
+    Packed products and rounded inputs have none of their own, and the decoded weight is not kept until then.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, bias: Tensor | None, layer: CompactLinear, forward: Callable) -> Tensor:
+        ctx.layer = layer
+        return forward(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x = gradient @ ctx.layer.dense(gradient.dtype) if ctx.needs_input_grad[0] else None
+        bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return x, bias, None, None
+
+
+@contextmanager
+def letting_gradients_through(model: nn.Module) -> Iterator[None]:
+    """While it lasts, gradients pass layers of `model` whose weights are codes as they pass dense ones."""
+    layers = [part for part in compact_layers(model).values() if not part.learnable()]
+    try:
+        for layer in layers:
+            layer.forward = partial(through, layer, layer.forward)
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
+
+
+def through(layer: CompactLinear, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """forward(x), to which gradients pass `layer` as they pass a dense one."""
+    return Through.apply(x, layer.bias, layer, forward)
 
 
 def compact_layers(model: nn.Module) -> dict[str, CompactLinear]:

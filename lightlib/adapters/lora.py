@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightlib.adapters.training import train
 from lightlib.change import changing
-from lightlib.compact import CompactLinear
+from lightlib.compact import CompactLinear, through
 from lightlib.decoder import find_blocks, linears, use_linear_everywhere
 from lightlib.report import Compressed, Report
 
@@ -44,29 +44,13 @@ class LoRALinear(nn.Module):
         return self.alpha / self.rank * (self.B @ self.A)
 
     def forward(self, x: Tensor) -> Tensor:
-        through = x.requires_grad and isinstance(self.base, CompactLinear)
-        y = Through.apply(x, self.base) if through else self.base(x)  # (..., out)
+        packed = isinstance(self.base, CompactLinear)
+        y = through(self.base, self.base, x) if packed else self.base(x)  # (..., out)
         low = F.linear(x.to(self.A.dtype), self.A)  # (..., rank)
         return y + (self.alpha / self.rank * F.linear(low, self.B)).to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}"
-
-
-class Through(torch.autograd.Function):
-    """base(x) with the gradient to x that the base's dense weight gives.
-
-    Packed products and rounded inputs have none of their own, and the decoded weight is not kept until then.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, base: CompactLinear) -> Tensor:
-        ctx.base = base
-        return base(x)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ ctx.base.dense(gradient.dtype), None
 
 
 def lora(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightlib.adapters.masked_lora import low_rank_updates
 from lightlib.adapters.training import next_token_loss, train
 from lightlib.change import changing
+from lightlib.compact import letting_gradients_through
 from lightlib.decoder import find_blocks
 from lightlib.report import Compressed, Report
 
@@ -56,7 +57,8 @@ def recover(
             )
         flags = [(p, p.requires_grad) for p in light.parameters()]
         try:
-            with whole(weights) if rank is None else low_rank_updates(blocks, rank) as learning:
+            learns = whole(weights) if rank is None else low_rank_updates(blocks, rank)
+            with letting_gradients_through(light), learns as learning:
                 train(
                     light,
                     learning,
