@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lightlib.compact import CompactLinear
-from lightlib.decoder import Roles, find_blocks, linear_shapes, linears, roles
+from lightlib.decoder import Roles, check_linears, find_blocks, linear_shapes, linears, roles
 from lightlib.machine import matmul_rate
 from lightlib.report import LayerReport, relative_error
 from lightlib.statistic import AbsMax, Gram, Samples, SquaredNorm, together
@@ -229,6 +229,7 @@ def stream_blocks(
     Each block gets the arguments that the model itself gives it (masks, positions, sliding windows). With
     `device`, only the block at hand is moved there. Without batches the blocks come without inputs.
     """
+    check_linears(model)
     blocks = find_blocks(model)
     if batches and progress:
         title = f"{title}, {forecast(blocks, batches, device or next(model.parameters()).device)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
@@ -222,6 +223,16 @@ def linears(module: nn.Module) -> dict[str, nn.Linear | CompactLinear]:
     return {
         name: part for name, part in module.named_modules() if isinstance(part, (nn.Linear, CompactLinear))
     }
+
+
+def check_linears(model: nn.Module) -> None:
+    """Raise ValueError where a linear layer of the blocks is wrapped in something else, as LoRA does."""
+    for block, module in find_blocks(model).items():
+        present = linear_shapes(module)
+        for name in itertools.chain(*roles(model).stages):
+            if name not in present:
+                kind = type(module.get_submodule(name)).__name__
+                raise ValueError(f"{block}.{name} is a {kind}; merge it into its linear first (merge_lora)")
 
 
 def linear_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:

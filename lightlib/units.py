@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from lightlib.compact import CompactLinear
-from lightlib.decoder import MLP_SIZES, Roles, find_blocks, head_dim, linear_shapes, roles, set_head_counts
+from lightlib.decoder import (
+    MLP_SIZES,
+    Roles,
+    check_linears,
+    find_blocks,
+    head_dim,
+    linear_shapes,
+    roles,
+    set_head_counts,
+)
 from lightlib.report import LayerReport
 
 KINDS = ("heads", "neurons")
@@ -115,6 +124,7 @@ def keep_units(model: nn.Module, kept: Kept, method: str) -> list[LayerReport]:
     then the model is a plain one; otherwise they become part of its structure. Raises ValueError for a kind
     without a unit left, and for packed layers, which are cut before they are packed.
     """
+    check_linears(model)
     rows = []
     for name, old, new, units in cut_units(model, kept):
         gone = 1 - new.weight.double().norm() ** 2 / old.weight.double().norm() ** 2

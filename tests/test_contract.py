@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightlib import load, save
+from lightlib.adapters.lora import add_lora
 from lightlib.calibration import AbsMax, Gram, Samples, SquaredNorm, starting_at, stream_blocks
 from lightlib.catalog import METHODS
 from lightlib.compact import CompactLinear, compact_layers
@@ -129,6 +130,12 @@ class TestEveryMethod:
         assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
         with torch.no_grad():
             assert torch.equal(first(calib[0]).logits, second(calib[0]).logits)
+
+    def test_says_what_to_do_with_updates_that_are_not_merged(self, method, llama, calib):
+        add_lora(llama, rank=2, targets=("up_proj",))
+        settings = {knob: values[0] for knob, values in method.knobs.items()}
+        with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj is a LoRALinear; merge it"):
+            run(method, llama, calib, **settings)
 
     def test_inplace_changes_the_callers_model(self, method, llama, calib):
         settings = {knob: values[0] for knob, values in method.knobs.items()}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightlib.decoder import Roles, feed_forward, find_blocks, is_parallel, roles
+from lightlib.decoder import Roles, check_linears, feed_forward, find_blocks, is_parallel, roles
 from lightlib.shortcut import LowRankShortcut, Shortcut
 from lightlib.slicing.invariance import UnitNorm, fold_norms, put
 
@@ -87,6 +87,7 @@ class Place:
 
 def open_stream(model: nn.Module) -> nn.Module:
     """Fold the norms and give every residual a shortcut, an identity. In place; changes no output."""
+    check_linears(model)
     fold_norms(model)
     names, width, parallel = roles(model), model.config.hidden_size, is_parallel(model)
     for name, block in find_blocks(model).items():
