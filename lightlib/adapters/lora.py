@@ -142,6 +142,34 @@ def add_lora(
     return list(layers)
 
 
+def ranks_by_importance(model: nn.Module, importance: Mapping[str, float], rank: int) -> dict[str, int]:
+    """{block: rank} in proportion to the blocks' importance, for `add_lora`; 1 at least.
+
+    They take as many weights as `rank` in all these blocks does, or a few less. Recovery as in CFSP, Wang et
+    al. 2025, arXiv:2409.13199: what matters more gets more to learn with. Raises ValueError where a block's
+    importance is negative, or all are 0.
+    """
+    if min(importance.values()) < 0 or not sum(importance.values()):
+        raise ValueError("ranks are in proportion to the importance: none may be negative, nor all 0")
+    blocks = find_blocks(model)
+    cost = {
+        name: sum(part.in_features + part.out_features for part in linears(blocks[name]).values())
+        for name in importance
+    }
+    budget = rank * sum(cost.values())
+    scale = budget / sum(value * cost[name] for name, value in importance.items())
+    wanted = {name: scale * value for name, value in importance.items()}
+    ranks = {name: max(1, int(value)) for name, value in wanted.items()}
+    spare = budget - sum(ranks[name] * cost[name] for name in ranks)
+    while spare < 0:  # a block got 1 that should have had less
+        name = max(ranks, key=ranks.get)
+        ranks[name], spare = ranks[name] - 1, spare + cost[name]
+    for name in sorted(ranks, key=lambda name: ranks[name] - wanted[name]):
+        if cost[name] <= spare:
+            ranks[name], spare = ranks[name] + 1, spare - cost[name]
+    return ranks
+
+
 def wrap(model: nn.Module, layers: dict[str, tuple[int, float]]) -> None:
     """Put updates beside {layer: (rank, alpha)}, and remember them for `save` and `load`. In place."""
     generator = torch.Generator().manual_seed(0)

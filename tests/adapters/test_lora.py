@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from lightlib import load, save
-from lightlib.adapters.lora import LoRALinear, add_lora, lora, lora_layers, merge_lora
+from lightlib.adapters.lora import LoRALinear, add_lora, lora, lora_layers, merge_lora, ranks_by_importance
 from lightlib.adapters.peft_files import load_adapter, save_adapter
 from lightlib.adapters.training import next_token_loss
 from lightlib.decoder import cast, find_blocks, linears
@@ -296,6 +296,24 @@ def test_each_block_may_have_a_rank_of_its_own(llama, calib, tmp_path):
     assert add_lora(ours, rank={blocks[1]: 2}) == [name for name in names if name.startswith(blocks[1])]
     with pytest.raises(ValueError, match=r"no block model\.layers\.7; the first is model\.layers\.0"):
         add_lora(random_model("llama"), rank={"model.layers.7": 2})
+
+
+def test_ranks_by_importance_are_in_proportion_and_take_as_many_weights(llama):
+    def weights(ranks):
+        model = random_model("llama")
+        add_lora(model, rank=ranks)
+        return sum(p.numel() for layer in lora_layers(model).values() for p in (layer.A, layer.B))
+
+    first, second = find_blocks(llama)
+    assert ranks_by_importance(llama, {first: 0.3, second: 0.1}, 8) == {first: 12, second: 4}
+    assert ranks_by_importance(llama, {first: 0.2, second: 0.2}, 5) == {first: 5, second: 5}
+    assert ranks_by_importance(llama, {first: 1.0, second: 0.0}, 4) == {first: 7, second: 1}
+    for importance in ({first: 0.3, second: 0.11}, {first: 0.123, second: 0.456}):
+        ranks = ranks_by_importance(llama, importance, 8)
+        most = weights(8)
+        assert most - weights(1) / 2 < weights(ranks) <= most
+    with pytest.raises(ValueError, match="none may be negative, nor all 0"):
+        ranks_by_importance(llama, {first: 0.0, second: 0.0}, 4)
 
 
 def test_names_are_written_whole_where_their_ends_would_mean_other_layers_too(llama, calib, tmp_path):
