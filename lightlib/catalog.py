@@ -18,6 +18,7 @@ from lightlib.sparsity.obs import obs
 from lightlib.sparsity.sparsegpt import sparsegpt
 from lightlib.sparsity.wanda import wanda
 from lightlib.sparsity.wrp import wrp
+from lightlib.structured.llm_pruner import llm_pruner
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,22 @@ METHODS = (
             "rotations": ("block",),
             "signal": ("normed",),
             "slice_head": (True,),
+        },
+        reshapes=True,
+    ),
+    Method(
+        "llm_pruner",
+        llm_pruner,
+        "Ma et al. 2023, arXiv:2305.11627",
+        "whole heads and neurons, those with which the loss would move least",
+        needs_data=True,
+        knobs={
+            "fraction": (0.5, 0.25),
+            "importance": ("second", "mixed", "vector", "magnitude", "random"),
+            "aggregate": ("max", "product", "last"),
+            "kinds": (("neurons",), ("heads",)),
+            "across": ("model",),
+            "round_to": (16,),
         },
         reshapes=True,
     ),

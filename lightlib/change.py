@@ -29,6 +29,7 @@ def changing(model: nn.Module, inplace: bool) -> Iterator[nn.Module]:
 def _restoring(model: nn.Module) -> Iterator[nn.Module]:
     before = dict(model.named_modules())
     parameters = {name: dict(part.named_parameters(recurse=False)) for name, part in before.items()}
+    attributes = {name: public(part) for name, part in before.items()}
     tied = model.config.tie_word_embeddings
     try:
         yield use_linear_everywhere(model)
@@ -40,5 +41,13 @@ def _restoring(model: nn.Module) -> Iterator[nn.Module]:
                 now = dict(model.named_modules())
             for kind, value in parameters[name].items():
                 setattr(part, kind, value)
+            for key in public(part).keys() - attributes[name].keys():
+                delattr(part, key)
+            vars(part).update(attributes[name])
         model.config.tie_word_embeddings = tied
         raise
+
+
+def public(part: nn.Module) -> dict[str, object]:
+    """What a module knows beside its parameters and parts: numbers of heads, its config."""
+    return {key: value for key, value in vars(part).items() if not key.startswith("_")}

@@ -128,13 +128,10 @@ def keep_units(model: nn.Module, kept: Kept, method: str) -> list[LayerReport]:
     rows = []
     for name, old, new, units in cut_units(model, kept):
         gone = 1 - new.weight.double().norm() ** 2 / old.weight.double().norm() ** 2
-        bits, notes = 8 * old.weight.itemsize, f"{units}; error of the weights alone"
-        shape, error = (old.out_features, old.in_features), gone.clamp_min(0).sqrt().item()
-        rows.append(
-            LayerReport(
-                method, name, shape, bits * old.weight.numel(), bits * new.weight.numel(), error, notes
-            )
-        )
+        before, after = (sum(8 * p.nbytes for p in part.parameters()) for part in (old, new))
+        shape, error = (new.out_features, new.in_features), gone.clamp_min(0).sqrt().item()
+        notes = f"{units}; error of the weights alone"
+        rows.append(LayerReport(method, name, shape, before, after, error, notes))
     if rows:
         describe(model)
     return rows

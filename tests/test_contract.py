@@ -6,13 +6,13 @@ import inspect
 import pytest
 import torch
 
-from lightlib import load, save
+from lightlib import load, save, units
 from lightlib.adapters.lora import add_lora
 from lightlib.calibration import AbsMax, Gram, Samples, SquaredNorm, starting_at, stream_blocks
 from lightlib.catalog import METHODS
 from lightlib.compact import CompactLinear, compact_layers
 from lightlib.cost import size
-from lightlib.decoder import cast, find_blocks, linears, roles
+from lightlib.decoder import cast, find_blocks, linears, roles, use_linear_everywhere
 from tests.conftest import inputs_of
 
 SETTINGS = [
@@ -193,7 +193,8 @@ def test_report_rows_are_the_modules_changed_and_size_is_the_sum_of_stored_bits(
 
 def reshaped_rows_are_the_modules_changed(model, light, report, calib, folder):
     """Every weight that is now another one has a row, with its bits; it round-trips."""
-    rows, before = {row.name: row for row in report}, dict(model.named_parameters())
+    rows = {row.name: row for row in report}
+    before = dict(use_linear_everywhere(copy.deepcopy(model)).named_parameters())
     for name, weight in light.named_parameters():
         owner, _, key = name.rpartition(".")
         if key == "weight" and (name not in before or before[name].shape != weight.shape):
@@ -238,7 +239,7 @@ def interrupt_in_block(monkeypatch, index):
     from lightlib.calibration import Block
     from lightlib.slicing.slicegpt import Cut
 
-    replace, count, cut = Block.replace, [], Cut.__call__
+    replace, count, cut, cut_units = Block.replace, [], Cut.__call__, units.cut_units
 
     def interrupted(self, *args, **named):
         count.append(self.name)
@@ -251,6 +252,13 @@ def interrupt_in_block(monkeypatch, index):
             raise KeyboardInterrupt
         return cut(self, *args)
 
+    def interrupted_units(model, kept):
+        for row in cut_units(model, kept):
+            if f".{index}." in row[0]:
+                raise KeyboardInterrupt
+            yield row
+
+    monkeypatch.setattr(units, "cut_units", interrupted_units)
     monkeypatch.setattr(Block, "replace", interrupted)
     monkeypatch.setattr(Cut, "__call__", interrupted_cut)
 

@@ -7,6 +7,7 @@ from lightlib.exercise_data import (
     slicegpt,
     sparse_kernels,
     start_here,
+    structured,
     weight_only,
 )
 from lightlib.exercise_data.exercise import Exercise
@@ -18,5 +19,6 @@ EXERCISES: dict[str, Exercise] = (
     | weight_only.EXERCISES
     | pruning.EXERCISES
     | sparse_kernels.EXERCISES
+    | structured.EXERCISES
     | slicegpt.EXERCISES
 )
