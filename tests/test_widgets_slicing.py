@@ -100,6 +100,15 @@ def test_q_turns_counterclockwise_and_is_orthogonal():
     np.testing.assert_allclose(rotation(33) @ rotation(33).T, np.eye(2), atol=1e-12)
 
 
+def test_long_names_of_places_are_not_cut_off():
+    shares = {f"model.layers.{i}.post_attention_layernorm": s for i, s in enumerate(some_shares(3).values())}
+    wide, narrow = (
+        int(ex.controls["place"].layout.width.removesuffix("px"))
+        for ex in (spectrum_explorer(shares), on_some_shares())
+    )
+    assert wide > 7 * len("model.layers.0.post_attention_layernorm") > narrow
+
+
 # slice map
 def test_the_map_counts_the_real_model_to_the_last_parameter():
     ex = slice_map().set(model="SmolLM2-135M", cut=25, round_to=8)

@@ -16,8 +16,14 @@ def arrange(controls: Mapping[str, W.ValueWidget], shown: list[W.ValueWidget]) -
     widest = max((len(control.description) for control in shown), default=0)
     for control in shown:
         control.style.description_width = f"{7.2 * widest + 12:.0f}px"
-        control.layout.width = control.layout.width or f"{7.2 * widest + 196:.0f}px"
+        control.layout.width = control.layout.width or f"{7.2 * widest + max(196, inside(control)):.0f}px"
         control.layout.margin = "2px 18px 2px 0"
+
+
+def inside(control: W.ValueWidget) -> float:
+    """Pixels that the longest choice of a list takes, with its frame and arrow."""
+    labels = control._options_labels if isinstance(control, W.Dropdown) else ()
+    return 7.2 * max(map(len, labels), default=0) + 44
 
 
 def choices(control: W.ValueWidget) -> str:
