@@ -27,7 +27,7 @@ NEURONS = ("neurons",)
 def plan() -> list[dict]:
     """The points, those that a reader asks for first in front."""
     points = [point("cfsp", fraction) for fraction in (0.2, 0.3, 0.5, 0.1)]
-    points += [point("cfsp", 0.2, score="weights"), point("cfsp", 0.2, sharpness=0.0)]
+    points += [point("cfsp", 0.2, score="activation"), point("cfsp", 0.2, sharpness=0.0)]
     points += [point("llm_pruner", fraction, kinds=NEURONS) for fraction in (0.2, 0.3, 0.5)]
     points += [point("llm_pruner", 0.2, kinds=NEURONS, importance=kind) for kind in ("second", "mixed")]
     points += [point("fisher_masks", fraction, kinds=NEURONS) for fraction in (0.2, 0.3, 0.5)]

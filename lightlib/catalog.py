@@ -18,6 +18,9 @@ from lightlib.sparsity.obs import obs
 from lightlib.sparsity.sparsegpt import sparsegpt
 from lightlib.sparsity.wanda import wanda
 from lightlib.sparsity.wrp import wrp
+from lightlib.structured.cfsp import cfsp
+from lightlib.structured.depth import drop_blocks
+from lightlib.structured.fisher_masks import fisher_masks
 from lightlib.structured.llm_pruner import llm_pruner
 
 
@@ -185,6 +188,47 @@ METHODS = (
             "across": ("model",),
             "round_to": (16,),
         },
+        reshapes=True,
+    ),
+    Method(
+        "fisher_masks",
+        fisher_masks,
+        "Kwon et al. 2022, arXiv:2204.09656",
+        "whole heads and neurons within a budget, by masks that are searched, rearranged and tuned",
+        needs_data=True,
+        knobs={
+            "fraction": (0.4,),
+            "rearrange": (False,),
+            "tune": (False,),
+            "kinds": (("neurons",),),
+            "round_to": (16,),
+            "shrinkage": (0.0,),
+            "damp": (0.1,),
+        },
+        reshapes=True,
+    ),
+    Method(
+        "cfsp",
+        cfsp,
+        "Wang et al. 2025, arXiv:2409.13199",
+        "whole neurons, a budget for each block by how far it turns the stream",
+        needs_data=True,
+        knobs={
+            "round_to": (16,),
+            "fraction": (0.5,),
+            "score": ("activation", "weights"),
+            "sharpness": (1.6384,),
+            "power": (0.5,),
+        },
+        reshapes=True,
+    ),
+    Method(
+        "drop_blocks",
+        drop_blocks,
+        "Gromov et al. 2024, arXiv:2403.17887; Men et al. 2024, arXiv:2403.03853",
+        "whole blocks, those that turn the stream least",
+        needs_data=True,
+        knobs={"count": (1,), "choose": ("single",), "tokens": ("last",)},
         reshapes=True,
     ),
 )

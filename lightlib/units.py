@@ -132,8 +132,7 @@ def keep_units(model: nn.Module, kept: Kept, method: str) -> list[LayerReport]:
         shape, error = (new.out_features, new.in_features), gone.clamp_min(0).sqrt().item()
         notes = f"{units}; error of the weights alone"
         rows.append(LayerReport(method, name, shape, before, after, error, notes))
-    if rows:
-        describe(model)
+    describe(model)
     return rows
 
 

@@ -13,6 +13,7 @@ from lightlib.catalog import METHODS
 from lightlib.compact import CompactLinear, compact_layers
 from lightlib.cost import size
 from lightlib.decoder import cast, find_blocks, linears, roles, use_linear_everywhere
+from lightlib.structured import depth
 from tests.conftest import inputs_of
 
 SETTINGS = [
@@ -194,14 +195,15 @@ def test_report_rows_are_the_modules_changed_and_size_is_the_sum_of_stored_bits(
 def reshaped_rows_are_the_modules_changed(model, light, report, calib, folder):
     """Every weight that is now another one has a row, with its bits; it round-trips."""
     rows = {row.name: row for row in report}
-    before = dict(use_linear_everywhere(copy.deepcopy(model)).named_parameters())
+    turned = use_linear_everywhere(copy.deepcopy(model))  # a method may turn GPT-2's layers, or not
+    before = [{name: p.shape for name, p in each.named_parameters()} for each in (model, turned)]
     for name, weight in light.named_parameters():
         owner, _, key = name.rpartition(".")
-        if key == "weight" and (name not in before or before[name].shape != weight.shape):
+        if key == "weight" and weight.shape not in [shapes.get(name) for shapes in before]:
             assert rows[owner].shape == tuple(weight.shape)
             own = light.get_submodule(owner).parameters(recurse=False)
             assert rows[owner].bits_after == sum(p.numel() * p.element_size() * 8 for p in own)
-    assert all(0 <= row.error < 1 for row in report)
+    assert all(0 <= row.error <= 1 for row in report)
     assert not any(t.grad_fn for _, t in tensors(light))
     again = load(save(light, folder / "light"))
     with torch.no_grad():
@@ -258,7 +260,11 @@ def interrupt_in_block(monkeypatch, index):
                 raise KeyboardInterrupt
             yield row
 
+    def interrupted_stack(*_):
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(units, "cut_units", interrupted_units)
+    monkeypatch.setattr(depth, "left_over", interrupted_stack)
     monkeypatch.setattr(Block, "replace", interrupted)
     monkeypatch.setattr(Cut, "__call__", interrupted_cut)
 
