@@ -175,6 +175,14 @@ def norm_readers(names: Roles) -> dict[str, tuple[str, ...]]:
     return readers
 
 
+def stream_norms(model: nn.Module) -> list[str]:
+    """The norms as wide as the stream, by their names in the model; the final one comes last."""
+    names = roles(model)
+    inside = (names.attention_norm, names.attention_post, names.mlp_norm, names.mlp_post)
+    inside = [name for name in dict.fromkeys(inside) if name]
+    return [*(f"{block}.{name}" for block in find_blocks(model) for name in inside), names.final_norm]
+
+
 def is_parallel(model: nn.Module) -> bool:
     """Whether attention and MLP of a block read the same input."""
     names = roles(model)

@@ -1,8 +1,9 @@
-"""What can be taken out of a decoder block as a whole: heads with all their rows and columns, and neurons.
+"""What can be taken out of a decoder as a whole: heads with all their rows and columns, neurons, channels.
 
 A unit's rows in the layers that make it and its columns in the layer that reads it depend on each other: they
 go together or not at all. LLM-Pruner calls such a group coupled (Ma et al. 2023, arXiv:2305.11627). Under
-grouped-query attention the unit is a key-value head with all query heads that share it.
+grouped-query attention the unit is a key-value head with all query heads that share it. A channel of the
+stream is made and read in every block.
 """
 
 from __future__ import annotations
@@ -24,20 +25,22 @@ from lightlib.decoder import (
     linear_shapes,
     roles,
     set_head_counts,
+    stream_norms,
 )
 from lightlib.report import LayerReport
 
-KINDS = ("heads", "neurons")
+KINDS = ("heads", "neurons")  # of a block
+WHOLE = ""  # the name of the model itself, the place of units that reach into every block
 RESTRUCTURE = "lightlib.units:restructure"
 
-Kept = dict[str, dict[str, Tensor]]  # {block: {kind: the units (kept) that stay, rising}}
+Kept = dict[str, dict[str, Tensor]]  # {block or WHOLE: {kind: the units (kept) that stay, rising}}
 
 
 @dataclass(frozen=True)
 class Member:
-    """A linear's share in the units of one kind: rows that make them (dim 0), or columns that read them (1).
+    """A layer's share in the units of one kind: rows that make them (dim 0), or columns that read them (1).
 
-    index (units, size): which rows or columns belong to each.
+    index (units, size): which rows or columns belong to each. An embedding makes channels by its columns.
     """
 
     linear: str
@@ -79,6 +82,41 @@ def neuron_members(block: nn.Module, names: Roles) -> list[Member]:
     return [*rows, Member(names.mlp_out, 1, torch.arange(count)[:, None])]
 
 
+def channel_members(model: nn.Module) -> list[Member]:
+    """All that makes and reads the channels of the stream, but for its norms; the head comes last.
+
+    A head that shares the embedding's weight is not named beside it. Raises ValueError where no channel can
+    go alone: a LayerNorm takes the mean of all, and the norms of a sliced model read directions.
+    """
+    names, found = roles(model), []
+    norm, head = model.get_submodule(names.final_norm), model.get_output_embeddings()
+    if isinstance(norm, nn.LayerNorm) or not hasattr(norm, "weight"):
+        raise ValueError(
+            f"{model.config.model_type}: its {type(norm).__name__} reads channels together, so none goes "
+            "alone; slicegpt narrows the stream of such a model, or take heads and neurons"
+        )
+    for block in find_blocks(model):
+        found += [(f"{block}.{linear}", 1) for linear in (*names.attention_in, *names.mlp_in)]
+        found += [(f"{block}.{linear}", 0) for linear in (names.attention_out, names.mlp_out)]
+    found.append((names.embedding, 1))
+    if head.weight is not model.get_input_embeddings().weight:
+        found.append(("lm_head", 1))
+    channels = torch.arange(norm.weight.numel())[:, None]
+    return [Member(name, dim, channels) for name, dim in found]
+
+
+def parts_of(model: nn.Module, place: str) -> dict[str, list[Member]]:
+    """{kind: members} of the units of a block, given its name, or of the whole model (WHOLE)."""
+    if place == WHOLE:
+        return {"channels": channel_members(model)}
+    return members(model, model.get_submodule(place))
+
+
+def layer_name(place: str, name: str) -> str:
+    """A layer's name in the model, from that in its place."""
+    return f"{place}.{name}" if place else name
+
+
 def unit_counts(model: nn.Module) -> dict[str, dict[str, int]]:
     """{block: {kind: how many units it has}}."""
     return {
@@ -87,15 +125,17 @@ def unit_counts(model: nn.Module) -> dict[str, dict[str, int]]:
     }
 
 
-def unit_weights(model: nn.Module, block: nn.Module) -> dict[str, int]:
-    """{kind: weights and biases that go with one unit} of `block`."""
+def unit_weights(model: nn.Module, place: str) -> dict[str, int]:
+    """{kind: weights and biases that go with one unit} of a block, given its name, or of the WHOLE model."""
     found = {}
-    for kind, parts in members(model, block).items():
-        linears = [(block.get_submodule(m.linear), m) for m in parts]
+    for kind, parts in parts_of(model, place).items():
+        layers = [(dense_part(model, layer_name(place, m.linear)), m) for m in parts]
         found[kind] = sum(
             m.index.shape[1] * (part.weight.shape[1 - m.dim] + (m.dim == 0 and part.bias is not None))
-            for part, m in linears
+            for part, m in layers
         )
+    if place == WHOLE:
+        found["channels"] += len(stream_norms(model))
     return found
 
 
@@ -103,8 +143,7 @@ def unit_weights(model: nn.Module, block: nn.Module) -> dict[str, int]:
 def scale_units(model: nn.Module, values: dict[str, dict[str, Tensor]]) -> nn.Module:
     """Multiply what leaves each unit by its value: {block: {kind: (units)}}; 0 masks it. In place."""
     for name, kinds in values.items():
-        block = model.get_submodule(name)
-        parts = members(model, block)
+        parts = members(model, model.get_submodule(name))
         for kind, value in kinds.items():
             reader = parts[kind][-1]
             linear = dense_part(model, f"{name}.{reader.linear}")
@@ -129,43 +168,83 @@ def keep_units(model: nn.Module, kept: Kept, method: str) -> list[LayerReport]:
     for name, old, new, units in cut_units(model, kept):
         gone = 1 - new.weight.double().norm() ** 2 / old.weight.double().norm() ** 2
         before, after = (sum(8 * p.nbytes for p in part.parameters()) for part in (old, new))
-        shape, error = (new.out_features, new.in_features), gone.clamp_min(0).sqrt().item()
+        shape, error = tuple(new.weight.shape), gone.clamp_min(0).sqrt().item()
         notes = f"{units}; error of the weights alone"
         rows.append(LayerReport(method, name, shape, before, after, error, notes))
     describe(model)
     return rows
 
 
-def cut_units(model: nn.Module, kept: Kept) -> Iterator[tuple[str, nn.Linear, nn.Linear, str]]:
+def cut_units(model: nn.Module, kept: Kept) -> Iterator[tuple[str, nn.Module, nn.Module, str]]:
     """Cut each layer to the units that stay: its name, what it was, what it is, and what stayed."""
-    for name, kinds in kept.items():
-        block = model.get_submodule(name)
-        parts = members(model, block)
+    for place, kinds in kept.items():
+        parts = parts_of(model, place)
         for kind, index in kinds.items():
             count = len(parts[kind][-1].index)
             if not len(index):
-                raise ValueError(f"{name}: none of its {count} {kind} would stay; keep one")
+                raise ValueError(f"{place or 'the stream'}: none of its {count} {kind} would stay; keep one")
             if len(index) == count:
                 continue
+            tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
             for member in parts[kind]:
-                old = dense_part(model, f"{name}.{member.linear}")
+                name = layer_name(place, member.linear)
+                old = dense_part(model, name)
                 new = cut(old, member.dim, member.index[index.cpu()].flatten().sort().values)
-                model.set_submodule(f"{name}.{member.linear}", new)
-                yield f"{name}.{member.linear}", old, new, f"{len(index)} of {count} {kind}"
+                model.set_submodule(name, new)
+                yield name, old, new, f"{len(index)} of {count} {kind}"
             if kind == "heads":
-                set_head_counts(model, block, len(index))
+                set_head_counts(model, model.get_submodule(place), len(index))
+            elif kind == "channels":
+                narrow_stream(model, index, count, tied)
 
 
-def cut(old: nn.Linear, dim: int, index: Tensor) -> nn.Linear:
-    """A linear with these rows (dim 0) or columns (dim 1) of `old`, which stays as it is."""
+def cut(old: nn.Linear | nn.Embedding, dim: int, index: Tensor) -> nn.Linear | nn.Embedding:
+    """A layer with these rows (dim 0) or columns (dim 1) of `old`, which stays as it is."""
     new = copy.copy(old)
     new._parameters = dict(old._parameters)
     index = index.to(old.weight.device)
     new.weight = nn.Parameter(old.weight.index_select(dim, index), old.weight.requires_grad)
+    if isinstance(new, nn.Embedding):
+        new._buffers, new.embedding_dim = dict(old._buffers), len(index)
+        return new
     if dim == 0 and old.bias is not None:
         new.bias = nn.Parameter(old.bias[index], old.bias.requires_grad)
     new.out_features, new.in_features = new.weight.shape
     return new
+
+
+def narrow_stream(model: nn.Module, index: Tensor, width: int, tied: bool) -> None:
+    """Fit norms, head and config to the channels (index) that stay of `width`; layers are cut already. In place.
+
+    An RMSNorm divides by the number of channels that are left. The stream shrinks with the root of it and the
+    norms' weights grow, so that each norm gives what it gave with the others at zero, its eps included.
+    """
+    names, shrink = roles(model), (len(index) / width) ** 0.5
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for name in stream_norms(model):
+        norm, grow = model.get_submodule(name), 1 / shrink
+        if name == names.final_norm and tied and not hasattr(embedding, "embed_scale"):
+            grow /= shrink  # the head shrinks with the embedding
+        if name.rpartition(".")[2] in (names.attention_post, names.mlp_post):
+            grow = 1.0  # it reads what shrank, and what it gives is to shrink
+        kept = norm.weight[index.to(norm.weight.device)].double()
+        scaled = (kept + names.norm_offset) * grow - names.norm_offset
+        norm.weight = nn.Parameter(scaled.to(norm.weight), norm.weight.requires_grad)
+    writers = [f"{b}.{part}" for b in find_blocks(model) for part in (names.attention_out, names.mlp_out)]
+    if hasattr(embedding, "embed_scale"):  # the root of the width, which plain transformers gives it too
+        embedding.scalar_embed_scale = len(index) ** 0.5
+        embedding.embed_scale = torch.full_like(embedding.embed_scale, embedding.scalar_embed_scale)
+    else:
+        writers.append(names.embedding)
+    for name in writers:
+        part = model.get_submodule(name)
+        for key, value in list(part.named_parameters(recurse=False)):
+            setattr(part, key, nn.Parameter(value * shrink, value.requires_grad))
+    if tied:
+        head.weight = embedding.weight
+        head.in_features = len(index)
+    size = head_dim(model)
+    model.config.hidden_size, model.config.head_dim = len(index), size
 
 
 def dense_part(model: nn.Module, name: str) -> nn.Linear:

@@ -55,9 +55,13 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def random_model(family: str, dtype: torch.dtype = torch.float32):
+def random_model(family: str, dtype: torch.dtype = torch.float32, tied: bool | None = None):
+    """tied: whether the head shares the embedding's weight, by default as the config has it."""
+    config = CONFIGS[family]()
+    if tied is not None:
+        config.tie_word_embeddings = tied
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family]()).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     # biases start at zero and norms at one; other values show whether they are carried along
     for weight in model.parameters():
         if weight.dim() == 1:

@@ -11,8 +11,8 @@ from lightlib.decode import generate, lean_path
 from lightlib.decoder import find_blocks, linear_shapes, roles, use_linear_everywhere
 from lightlib.quantization.grid import Int
 from lightlib.quantization.rtn import rtn
-from lightlib.units import cut_units, keep_units, members, scale_units, unit_counts, unit_weights
-from tests.conftest import random_model
+from lightlib.units import WHOLE, cut_units, keep_units, members, scale_units, unit_counts, unit_weights
+from tests.conftest import CONFIGS, random_model
 
 
 def logits(model, ids):
@@ -62,7 +62,7 @@ def test_units_that_are_masked_and_units_that_are_cut_give_the_same(model, calib
     assert not torch.allclose(logits(light, calib[0]), expected, rtol=1e-3, atol=1e-3)
     assert size(light).parameters < size(model).parameters
     gone = sum(
-        (counts[kind] - len(kept[name][kind])) * unit_weights(model, model.get_submodule(name))[kind]
+        (counts[kind] - len(kept[name][kind])) * unit_weights(model, name)[kind]
         for name, counts in unit_counts(model).items()
         for kind in counts
     )
@@ -135,3 +135,64 @@ def test_nothing_kept_and_packed_layers_are_refused(llama):
     light = rtn(llama, None, grid=Int(8), progress=False).model
     with pytest.raises(ValueError, match="gate_proj is packed"):
         next(cut_units(light, {name: {"neurons": torch.arange(4)}}))
+
+
+RMS = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text"]
+SOME = torch.tensor([0, 1, 3, 4, 5, 8, 9, 11, 12, 13, 17, 20, 21, 22, 24, 25, 27, 28, 30, 31])
+
+
+@torch.no_grad()
+def silence(model, channels):
+    """Let nothing write to these channels of the stream. In place."""
+    names = roles(model)
+    post = {names.attention_post, names.mlp_post} - {None}
+    for block in find_blocks(model).values():
+        for name in (names.attention_out, names.mlp_out):
+            part = block.get_submodule(name)
+            for weight in part.parameters():
+                weight[channels] = 0
+        for name in post:
+            norm = block.get_submodule(name)
+            norm.weight[channels] = -names.norm_offset
+    model.get_input_embeddings().weight[:, channels] = 0
+    return model
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", RMS)
+def test_channels_that_nothing_writes_and_channels_that_are_cut_give_the_same(family, tied, calib, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = random_model(family, tied=tied)
+    gone = torch.tensor([i for i in range(32) if i not in SOME.tolist()])
+    masked, light = silence(copy.deepcopy(model), gone), copy.deepcopy(model)
+    rows = keep_units(light, {WHOLE: {"channels": SOME}}, "some")
+    torch.testing.assert_close(logits(light, calib[0]), logits(masked, calib[0]), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits(light, calib[0]), logits(model, calib[0]), rtol=1e-3, atol=1e-3)
+    left = size(model).parameters - 12 * unit_weights(model, WHOLE)["channels"]
+    assert size(light).parameters == left and all(0 < row.error < 1 for row in rows)
+    # equal in all blocks, so it is a plain model
+    plain = AutoModelForCausalLM.from_pretrained(save(light, tmp_path / "light"))
+    assert torch.equal(logits(plain, calib[0]), logits(light, calib[0]))
+    ids, knobs = calib[0][:1, :8], dict(max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert torch.equal(light.generate(ids, **knobs), light.generate(ids, use_cache=False, **knobs))
+
+
+def test_channels_go_from_a_model_of_uneven_blocks_too(llama, calib, tmp_path):
+    keep_units(llama, some_of_each(llama), "first")
+    keep_units(llama, {WHOLE: {"channels": SOME}}, "second")
+    again = load(save(llama, tmp_path / "light"))
+    assert again.config.hidden_size == 20
+    assert torch.equal(logits(again, calib[0]), logits(llama, calib[0]))
+    assert torch.equal(
+        generate(llama, calib[0][:1, :8], 5), generate(llama, calib[0][:1, :8], 5, compile=False)
+    )
+
+
+@pytest.mark.parametrize("family", [name for name in CONFIGS if name not in RMS])
+def test_a_layernorm_lets_no_channel_go_alone(family):
+    model = use_linear_everywhere(random_model(family))
+    with pytest.raises(
+        ValueError, match="its LayerNorm reads channels together, so none goes alone; slicegpt"
+    ):
+        keep_units(model, {WHOLE: {"channels": SOME}}, "some")

@@ -21,7 +21,7 @@ from lightlib.cost import size
 from lightlib.decoder import linear_shapes, use_linear_everywhere
 from lightlib.machine import seconds
 from lightlib.quality import device_of
-from lightlib.units import Kept, cut_units, dense_part, members, unit_counts, unit_weights
+from lightlib.units import WHOLE, Kept, cut_units, dense_part, layer_name, members, parts_of, unit_weights
 
 MOST = 0.95  # the largest fraction that is tried for a budget
 STEPS = 20  # of the bisection: a millionth of the units
@@ -98,19 +98,20 @@ def least(choose: Callable[[float], Kept], meets: Callable[[Kept], bool]) -> Kep
 
 def kept_bytes(model: nn.Module, kept: Kept) -> int:
     """Stored bytes of the model once only the units in `kept` stay, by arithmetic."""
-    freed, counts = 0, unit_counts(model)
-    for name, kinds in kept.items():
-        block = model.get_submodule(name)
-        readers = {kind: parts[-1].linear for kind, parts in members(model, block).items()}
-        items = {kind: dense_part(model, f"{name}.{readers[kind]}").weight.itemsize for kind in kinds}
-        weights = unit_weights(model, block)
-        freed += sum((counts[name][k] - len(kept)) * weights[k] * items[k] for k, kept in kinds.items())
+    freed = 0
+    for place, kinds in kept.items():
+        parts, weights = parts_of(model, place), unit_weights(model, place)
+        for kind, stay in kinds.items():
+            reader = parts[kind][-1]
+            item = dense_part(model, layer_name(place, reader.linear)).weight.itemsize
+            freed += (len(reader.index) - len(stay)) * weights[kind] * item
     return size(model).stored_bytes - freed
 
 
 def fit_time(model: nn.Module, choose: Callable[[float], Kept], budget_ms: float, tokens: int) -> Kept:
     """As `fit`, by the table's prediction, rescaled by what its cuts really take."""
-    table, factors, timed = LatencyTable.measure(model, tokens), [1.0], []
+    measure = LatencyTable.of_channels if WHOLE in choose(0.0) else LatencyTable.measure
+    table, factors, timed = measure(model, tokens), [1.0], []
 
     def within(factor: float) -> Kept | None:
         return least(choose, lambda kept: factor * table.milliseconds(kept) <= budget_ms)
@@ -146,7 +147,8 @@ Series = tuple[tuple[int, ...], tuple[float, ...]]  # numbers of units, rising; 
 class LatencyTable:
     """Milliseconds of each block at several numbers of units of one kind, the other kind being whole.
 
-    blocks: {block: {kind: (counts, milliseconds)}}, up to all units. rest_ms: what the blocks do not take.
+    blocks: {block: {kind: (counts, milliseconds)}}, up to all units; of channels, the model's own. rest_ms:
+    what the blocks do not take.
     """
 
     blocks: dict[str, dict[str, Series]]
@@ -169,6 +171,14 @@ class LatencyTable:
         parts = cls(found, 0.0).of_counts({})
         return cls(found, max(kept_ms(light, {}, tokens) - parts, 0.0))
 
+    @classmethod
+    def of_channels(cls, model: nn.Module, tokens: int, points: int = 6) -> LatencyTable:
+        """Time the whole model at several numbers of channels instead."""
+        counts = spaced(model.config.hidden_size, points)
+        cuts = ({WHOLE: {"channels": torch.arange(count)}} for count in counts)
+        times = tuple(kept_ms(model, kept, tokens) for kept in cuts)
+        return cls({WHOLE: {"channels": (counts, times)}}, 0.0)
+
     def milliseconds(self, kept: Kept) -> float:
         """Predicted time of the model with only the units in `kept`; kinds not named are whole."""
         return self.of_counts({b: {k: len(index) for k, index in kinds.items()} for b, kinds in kept.items()})
@@ -189,13 +199,18 @@ def block_series(model: nn.Module, block: Block, points: int) -> dict[str, Serie
     given = ((block.inputs[0], *args), named)
     for kind, parts in members(model, block.module).items():
         total = len(parts[-1].index)
-        counts[kind] = tuple(sorted({math.ceil(total * i / points) for i in range(1, points + 1)}))
+        counts[kind] = spaced(total, points)
         for count in counts[kind][:-1]:
             light = cut_copy(model, {block.name: {kind: torch.arange(count)}})
             works.append((light.get_submodule(block.name), *given))
     whole, *times = forwards_ms([(block.module, *given), *works])
     rest = iter(times)
     return {kind: (each, (*islice(rest, len(each) - 1), whole)) for kind, each in counts.items()}
+
+
+def spaced(total: int, points: int) -> tuple[int, ...]:
+    """Up to `points` numbers of units, evenly up to all of them."""
+    return tuple(sorted({math.ceil(total * i / points) for i in range(1, points + 1)}))
 
 
 def between(series: Series, count: int) -> float:

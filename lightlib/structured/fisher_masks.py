@@ -126,7 +126,7 @@ def check_reach(model: nn.Module, fraction: float, kinds: tuple[str, ...], round
 
 def weight_prices(model: nn.Module, kinds: tuple[str, ...]) -> dict[str, float]:
     """{kind: weights that go with one unit}; the products that a token takes are as many."""
-    weights = unit_weights(model, next(iter(find_blocks(model).values())))
+    weights = unit_weights(model, next(iter(find_blocks(model))))
     return {kind: float(weights[kind]) for kind in KINDS if kind in kinds}
 
 

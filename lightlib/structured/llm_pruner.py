@@ -1,4 +1,4 @@
-"""LLM-Pruner: take out the heads and neurons with which the loss would move least, by its gradients.
+"""LLM-Pruner: take out the heads, neurons or channels with which the loss would move least, by its gradients.
 
 Ma et al. 2023, arXiv:2305.11627. What depends on each other goes together: lightlib/units.py.
 """
@@ -20,14 +20,15 @@ from lightlib.structured.taylor import (
     sum_of_units,
     weight_importance,
 )
-from lightlib.units import KINDS, Kept, Member, dense_part, keep_units, members
+from lightlib.units import KINDS, WHOLE, Kept, Member, dense_part, keep_units, layer_name, parts_of
 
 IMPORTANCES = (*WEIGHT_SCORES, "random")
 WITHOUT_DATA = ("magnitude", "random")
+CHANNELS = ("channels",)
 CHOICES = {"importance": IMPORTANCES, "aggregate": AGGREGATES, "across": ("block", "model")}
 
-Units = dict[str, dict[str, list[Member]]]  # {block: {kind: what its units have in each linear}}
-Scores = dict[str, dict[str, Tensor]]  # {block: {kind: importance (units)}}
+Units = dict[str, dict[str, list[Member]]]  # {block or WHOLE: {kind: what its units have in each layer}}
+Scores = dict[str, dict[str, Tensor]]  # {block or WHOLE: {kind: importance (units)}}
 
 
 def llm_pruner(
@@ -94,7 +95,9 @@ def unit_importance(
     importance: of a weight, see `weight_importance`, summed over what a unit has in a linear; "random" draws
     a number for each unit from `seed`. aggregate: "sum", "max" or "product" over the linears of a unit, or
     "last", the layer alone that reads it. Queries, keys and values, or gate and up, count as one linear where
-    the model has one. Raises ValueError for settings that do not fit.
+    the model has one. kinds: "heads" and "neurons" of the blocks between those that `protect` spares, or
+    alone ("channels",) of the stream, {WHOLE: {"channels": importance}}, of models with RMSNorm: a channel is
+    made and read in every block, and nothing is spared. Raises ValueError for settings that do not fit.
     """
     check(batches, importance=importance, aggregate=aggregate)
     with changing(model, inplace=False) as copy:
@@ -130,10 +133,12 @@ def pruned_blocks(model: nn.Module, protect: tuple[int, int] | None) -> list[str
 
 def units_of(model: nn.Module, kinds: tuple[str, ...], protect: tuple[int, int] | None) -> Units:
     """The units of these kinds in the blocks that may be pruned. Raises ValueError for unknown kinds."""
-    if not kinds or not set(kinds) <= set(KINDS):
-        raise ValueError(f"kinds={kinds!r}: give a tuple of some of {', '.join(KINDS)}")
+    channels = tuple(kinds) == CHANNELS
+    if not channels and (not kinds or not set(kinds) <= set(KINDS)):
+        raise ValueError(f"kinds={kinds!r}: give a tuple of some of {', '.join(KINDS)}, or {CHANNELS} alone")
     check_linears(model)
-    found = {name: members(model, model.get_submodule(name)) for name in pruned_blocks(model, protect)}
+    places = [WHOLE] if channels else pruned_blocks(model, protect)
+    found = {place: parts_of(model, place) for place in places}
     return {name: {kind: parts[kind] for kind in kinds} for name, parts in found.items()}
 
 
@@ -151,18 +156,20 @@ def scored(
     if importance == "random":
         return random_scores(units, seed)
     # a packed layer passes no gradient back, in whichever block it is
-    dense = {name: dense_part(model, name) for name in linear_shapes(model)}
-    names = [f"{name}.{m.linear}" for name, kinds in units.items() for own in kinds.values() for m in own]
+    for name in linear_shapes(model):
+        dense_part(model, name)
+    named = [(place, m) for place, kinds in units.items() for own in kinds.values() for m in own]
+    names = [layer_name(place, member.linear) for place, member in named]
     slopes = dict.fromkeys(names, (None, None))
     if importance not in WITHOUT_DATA:
         squares = importance in ("second", "mixed")
         slopes = gradients(model, names, batches, squares=squares, progress=progress, title=title)
 
-    def score(block: str, own: list[Member]) -> Tensor:
+    def score(place: str, own: list[Member]) -> Tensor:
         sums = []
         for member in own:
-            name = f"{block}.{member.linear}"
-            scores = weight_importance(dense[name].weight, *slopes[name], importance)
+            name = layer_name(place, member.linear)
+            scores = weight_importance(dense_part(model, name).weight, *slopes[name], importance)
             sums.append(sum_of_units(scores, member))
         return aggregate_members(torch.stack(sums), aggregate)
 

@@ -12,9 +12,10 @@ from lightlib.cost import size
 from lightlib.decoder import cast, find_blocks, use_linear_everywhere
 from lightlib.quantization.grid import Int
 from lightlib.quantization.rtn import rtn
+from lightlib.structured import budget
 from lightlib.structured.llm_pruner import IMPORTANCES, llm_pruner, most_important, unit_importance
 from lightlib.structured.taylor import AGGREGATES, aggregate_members, gradients, weight_importance
-from lightlib.units import KINDS, members, scale_units, unit_counts
+from lightlib.units import KINDS, WHOLE, members, scale_units, unit_counts, unit_weights
 from tests.conftest import random_model
 
 BLOCKS = ("model.layers.0", "model.layers.1")
@@ -293,6 +294,55 @@ def test_half_precision_ranks_almost_as_single_precision_does(llama, calib):
     assert torch.corrcoef(torch.stack([single, half]))[0, 1] > 0.99
 
 
+# channels of the stream
+def test_importance_of_a_channel_sums_all_that_makes_and_reads_it(llama, calib):
+    ids = calib[:1]
+    loss_of(llama, ids[0]).backward()
+    found = scores_of(llama, ids, kinds=("channels",))
+    assert list(found) == [WHOLE] and found[WHOLE]["channels"].shape == (32,)
+    expected = torch.zeros(32)
+    for part in (p for p in llama.modules() if isinstance(p, (nn.Linear, nn.Embedding))):
+        one = (part.weight * part.weight.grad).abs().detach()
+        makes = part.weight.shape[0] == 32 and part not in reading(llama)
+        expected += one.sum(1) if makes else one.sum(0)
+    torch.testing.assert_close(found[WHOLE]["channels"], expected.double(), rtol=1e-4, atol=1e-7)
+
+
+def reading(model):
+    """The layers of a Llama's blocks that read the stream."""
+    return [
+        part
+        for block in find_blocks(model).values()
+        for part in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj,
+                     block.mlp.gate_proj, block.mlp.up_proj)
+    ]  # fmt: skip
+
+
+def test_a_channel_that_nothing_writes_and_nothing_reads_goes_first(llama, calib):
+    dead = [3, 10, 31]
+    with torch.no_grad():
+        for block in find_blocks(llama).values():
+            for part in (block.self_attn.o_proj, block.mlp.down_proj):
+                part.weight[dead] = 0
+        llama.model.embed_tokens.weight[:, dead] = 0
+    light = pruned(llama, calib, kinds=("channels",), fraction=3 / 32)
+    assert light.config.hidden_size == 29
+    torch.testing.assert_close(logits(light, calib[0]), logits(llama, calib[0]), rtol=1e-5, atol=1e-5)
+
+
+def test_channels_meet_budgets_in_bytes_and_in_milliseconds(llama, calib, monkeypatch):
+    knobs, whole = dict(kinds=("channels",)), size(llama)
+    light = pruned(llama, calib, budget_bytes=int(0.7 * whole.stored_bytes), **knobs)
+    wider = 4 * unit_weights(llama, WHOLE)["channels"]
+    assert size(light).stored_bytes <= 0.7 * whole.stored_bytes < size(light).stored_bytes + wider
+    # a clock on which a weight takes a microsecond
+    monkeypatch.setattr(
+        budget, "forwards_ms", lambda works: [size(module).parameters / 1e3 for module, _, _ in works]
+    )
+    light = pruned(llama, calib, budget_ms=0.7 * whole.parameters / 1e3, budget_tokens=16, **knobs)
+    assert size(light).parameters == pytest.approx(0.7 * whole.parameters, rel=0.05)
+
+
 # what is refused
 @pytest.mark.parametrize(
     ("knobs", "words"),
@@ -300,7 +350,7 @@ def test_half_precision_ranks_almost_as_single_precision_does(llama, calib):
         ({"importance": "third"}, "importance='third': choose one of first, second, mixed, vector"),
         ({"aggregate": "mean"}, "aggregate='mean': choose one of sum, max, product, last"),
         ({"across": "layers"}, "across='layers': choose one of block, model"),
-        ({"kinds": ("channels",)}, "kinds=.*give a tuple of some of heads, neurons"),
+        ({"kinds": ("channels", "heads")}, "kinds=.*give a tuple of some of heads, neurons, or .*alone"),
         ({"kinds": ()}, "kinds=.*give a tuple of some of heads, neurons"),
         ({"fraction": 1.0}, "fraction=1.0: give the share"),
         ({"round_to": 0}, "round_to=0"),
