@@ -3,7 +3,8 @@
     python data/scan_structured.py      # 25 minutes on two idle CPU cores; writes data/structured.json
 
 Each point prunes smollm2-135m. Those of CFSP are timed, each beside the dense model, which is timed again for
-each: other work on the machine then shows in both. Lesson 07 draws the points.
+each: other work on the machine then shows in both. Points with a budget ask for a share of the dense model's
+milliseconds, and say how many the cut model takes. Lesson 07 draws the points.
 """
 
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from scanning import scan
 
 from lightlib.measure import latency, perplexity, size
+from lightlib.structured.budget import forwards_ms, some_ids
 from lightlib.structured.cfsp import cfsp
 from lightlib.structured.depth import drop_blocks
 from lightlib.structured.fisher_masks import fisher_masks
@@ -32,17 +34,27 @@ def plan() -> list[dict]:
     points += [point("llm_pruner", 0.2, kinds=NEURONS, importance=kind) for kind in ("second", "mixed")]
     points += [point("fisher_masks", fraction, kinds=NEURONS) for fraction in (0.2, 0.3, 0.5)]
     points += [point("fisher_masks", 0.2)]
-    return [*points, *(point("drop_blocks", None, count=count, choose="run") for count in (1, 3, 6, 9))]
+    points += [point("drop_blocks", None, count=count, choose="run") for count in (1, 3, 6, 9)]
+    points += [point("llm_pruner", fraction, kinds=("channels",), round_to=8) for fraction in (0.1, 0.2)]
+    points += [point("cfsp", None, share_of_ms=share, round_to=8) for share in (0.9, 0.8, 0.7)]
+    return [*points, point("fisher_masks", None, share_of_ms=0.8)]
 
 
-def point(method: str, fraction: float | None, **knobs) -> dict:
-    return {"method": method, "fraction": fraction, "knobs": knobs}
+def point(method: str, fraction: float | None, share_of_ms: float | None = None, **knobs) -> dict:
+    """share_of_ms: of the dense model's forward over a prompt, as a budget in place of a fraction."""
+    budget = {} if share_of_ms is None else {"share_of_ms": share_of_ms}
+    return {"method": method, "fraction": fraction, **budget, "knobs": knobs}
 
 
 def measure(model, calibration: list, tests: list, point: dict) -> dict:
     """The point with what was measured there. Times: after a prompt of 256 tokens, batch 1."""
-    method, begin = point["method"], time.perf_counter()
-    knobs = point["knobs"] if point["fraction"] is None else {"fraction": point["fraction"], **point["knobs"]}
+    method, knobs = point["method"], dict(point["knobs"])
+    if point["fraction"] is not None:
+        knobs["fraction"] = point["fraction"]
+    if "share_of_ms" in point:
+        (dense_ms,) = prompt_ms(model)
+        knobs["budget_ms"] = point["share_of_ms"] * dense_ms
+    begin = time.perf_counter()
     batches = calibration[: SAMPLES.get(method, len(calibration))]
     light, _ = METHODS[method](model, batches, progress=False, **knobs)
     seconds, counts = time.perf_counter() - begin, unit_counts(light).values()
@@ -54,6 +66,9 @@ def measure(model, calibration: list, tests: list, point: dict) -> dict:
         "neurons": [each["neurons"] for each in counts],
         "seconds": round(seconds, 1),
     }
+    if "share_of_ms" in point:
+        again, taken = prompt_ms(model, light)
+        found |= {"asked_ms": knobs["budget_ms"], "dense_ms": dense_ms, "dense_ms_after": again, "ms": taken}
     if method == "cfsp" and not point["knobs"]:
         dense, pruned = (latency(each, prompt=PROMPT, new=NEW) for each in (model, light))
         found |= {
@@ -63,6 +78,11 @@ def measure(model, calibration: list, tests: list, point: dict) -> dict:
             "dense_tpot_ms": dense.tpot_ms,
         }
     return found
+
+
+def prompt_ms(*models) -> list[float]:
+    """Milliseconds of each model's forward over a prompt, all taking turns."""
+    return forwards_ms([(each, (some_ids(each, PROMPT),), {"use_cache": False}) for each in models])
 
 
 if __name__ == "__main__":

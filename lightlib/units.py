@@ -214,7 +214,7 @@ def cut(old: nn.Linear | nn.Embedding, dim: int, index: Tensor) -> nn.Linear | n
 
 
 def narrow_stream(model: nn.Module, index: Tensor, width: int, tied: bool) -> None:
-    """Fit norms, head and config to the channels (index) that stay of `width`; layers are cut already. In place.
+    """Fit norms, head and config to the channels (index) that stay of `width`; layers are cut. In place.
 
     An RMSNorm divides by the number of channels that are left. The stream shrinks with the root of it and the
     norms' weights grow, so that each norm gives what it gave with the others at zero, its eps included.
