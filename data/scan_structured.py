@@ -23,7 +23,7 @@ from lightlib.units import unit_counts
 METHODS = {"cfsp": cfsp, "llm_pruner": llm_pruner, "fisher_masks": fisher_masks, "drop_blocks": drop_blocks}
 SAMPLES = {"llm_pruner": 10, "fisher_masks": 16}  # windows that gradients are taken on
 PROMPT, NEW = 256, 24
-NEURONS = ("neurons",)
+NEURONS = ["neurons"]
 
 
 def plan() -> list[dict]:
@@ -35,25 +35,27 @@ def plan() -> list[dict]:
     points += [point("fisher_masks", fraction, kinds=NEURONS) for fraction in (0.2, 0.3, 0.5)]
     points += [point("fisher_masks", 0.2)]
     points += [point("drop_blocks", None, count=count, choose="run") for count in (1, 3, 6, 9)]
-    points += [point("llm_pruner", fraction, kinds=("channels",), round_to=8) for fraction in (0.1, 0.2)]
+    points += [point("llm_pruner", fraction, kinds=["channels"], round_to=8) for fraction in (0.1, 0.2)]
     points += [point("cfsp", None, share_of_ms=share, round_to=8) for share in (0.9, 0.8, 0.7)]
     return [*points, point("fisher_masks", None, share_of_ms=0.8)]
 
 
-def point(method: str, fraction: float | None, share_of_ms: float | None = None, **knobs) -> dict:
-    """share_of_ms: of the dense model's forward over a prompt, as a budget in place of a fraction."""
-    budget = {} if share_of_ms is None else {"share_of_ms": share_of_ms}
-    return {"method": method, "fraction": fraction, **budget, "knobs": knobs}
+def point(method: str, fraction: float | None, **knobs) -> dict:
+    return {"method": method, "fraction": fraction, "knobs": knobs}
 
 
 def measure(model, calibration: list, tests: list, point: dict) -> dict:
-    """The point with what was measured there. Times: after a prompt of 256 tokens, batch 1."""
+    """The point with what was measured there. Times: of or after a prompt of 256 tokens, batch 1.
+
+    share_of_ms among its knobs: of the dense model's time, as a budget in place of a fraction.
+    """
     method, knobs = point["method"], dict(point["knobs"])
+    share = knobs.pop("share_of_ms", None)
     if point["fraction"] is not None:
         knobs["fraction"] = point["fraction"]
-    if "share_of_ms" in point:
+    if share is not None:
         (dense_ms,) = prompt_ms(model)
-        knobs["budget_ms"] = point["share_of_ms"] * dense_ms
+        knobs["budget_ms"] = share * dense_ms
     begin = time.perf_counter()
     batches = calibration[: SAMPLES.get(method, len(calibration))]
     light, _ = METHODS[method](model, batches, progress=False, **knobs)
@@ -66,7 +68,7 @@ def measure(model, calibration: list, tests: list, point: dict) -> dict:
         "neurons": [each["neurons"] for each in counts],
         "seconds": round(seconds, 1),
     }
-    if "share_of_ms" in point:
+    if share is not None:
         again, taken = prompt_ms(model, light)
         found |= {"asked_ms": knobs["budget_ms"], "dense_ms": dense_ms, "dense_ms_after": again, "ms": taken}
     if method == "cfsp" and not point["knobs"]:
