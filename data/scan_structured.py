@@ -27,17 +27,17 @@ NEURONS = ["neurons"]
 
 
 def plan() -> list[dict]:
-    """The points, those that a reader asks for first in front."""
+    """The points, those that are timed in front."""
     points = [point("cfsp", fraction) for fraction in (0.2, 0.3, 0.5, 0.1)]
+    points += [point("cfsp", None, share_of_ms=share, round_to=8) for share in (0.9, 0.8, 0.7)]
+    points += [point("fisher_masks", None, share_of_ms=0.8)]
     points += [point("cfsp", 0.2, score="activation"), point("cfsp", 0.2, sharpness=0.0)]
     points += [point("llm_pruner", fraction, kinds=NEURONS) for fraction in (0.2, 0.3, 0.5)]
     points += [point("llm_pruner", 0.2, kinds=NEURONS, importance=kind) for kind in ("second", "mixed")]
+    points += [point("llm_pruner", fraction, kinds=["channels"], round_to=8) for fraction in (0.1, 0.2)]
     points += [point("fisher_masks", fraction, kinds=NEURONS) for fraction in (0.2, 0.3, 0.5)]
     points += [point("fisher_masks", 0.2)]
-    points += [point("drop_blocks", None, count=count, choose="run") for count in (1, 3, 6, 9)]
-    points += [point("llm_pruner", fraction, kinds=["channels"], round_to=8) for fraction in (0.1, 0.2)]
-    points += [point("cfsp", None, share_of_ms=share, round_to=8) for share in (0.9, 0.8, 0.7)]
-    return [*points, point("fisher_masks", None, share_of_ms=0.8)]
+    return [*points, *(point("drop_blocks", None, count=count, choose="run") for count in (1, 3, 6, 9))]
 
 
 def point(method: str, fraction: float | None, **knobs) -> dict:
