@@ -13,7 +13,7 @@ from pathlib import Path
 from scanning import scan
 
 from lightlib.measure import latency, perplexity, size
-from lightlib.structured.budget import forwards_ms, some_ids
+from lightlib.structured.budget import prompt_ms
 from lightlib.structured.cfsp import cfsp
 from lightlib.structured.depth import drop_blocks
 from lightlib.structured.fisher_masks import fisher_masks
@@ -54,7 +54,7 @@ def measure(model, calibration: list, tests: list, point: dict) -> dict:
     if point["fraction"] is not None:
         knobs["fraction"] = point["fraction"]
     if share is not None:
-        (dense_ms,) = prompt_ms(model)
+        (dense_ms,) = prompt_ms([model], PROMPT)
         knobs["budget_ms"] = share * dense_ms
     begin = time.perf_counter()
     batches = calibration[: SAMPLES.get(method, len(calibration))]
@@ -69,7 +69,7 @@ def measure(model, calibration: list, tests: list, point: dict) -> dict:
         "seconds": round(seconds, 1),
     }
     if share is not None:
-        again, taken = prompt_ms(model, light)
+        again, taken = prompt_ms([model, light], PROMPT)
         found |= {"asked_ms": knobs["budget_ms"], "dense_ms": dense_ms, "dense_ms_after": again, "ms": taken}
     if method == "cfsp" and not point["knobs"]:
         dense, pruned = (latency(each, prompt=PROMPT, new=NEW) for each in (model, light))
@@ -80,11 +80,6 @@ def measure(model, calibration: list, tests: list, point: dict) -> dict:
             "dense_tpot_ms": dense.tpot_ms,
         }
     return found
-
-
-def prompt_ms(*models) -> list[float]:
-    """Milliseconds of each model's forward over a prompt, all taking turns."""
-    return forwards_ms([(each, (some_ids(each, PROMPT),), {"use_cache": False}) for each in models])
 
 
 if __name__ == "__main__":

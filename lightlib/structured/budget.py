@@ -1,4 +1,4 @@
-"""How many units may stay: by a fraction, by the bytes that are left, or by the time that a forward takes.
+"""How many units may stay: by a fraction, by the bytes that are left, or by the time that a prompt takes.
 
 Time is measured, not derived: a table of each block's milliseconds at a few numbers of units says what a cut
 would save, and what was really cut is timed in the end.
@@ -58,9 +58,9 @@ def fit(
 ) -> Kept:
     """The units that stay: choose(fraction), or with a budget what the least fraction keeps that meets it.
 
-    budget_bytes: stored bytes of the model. budget_ms: milliseconds of a forward over `tokens` tokens, batch
-    1, on the model's device; a copy is really cut and timed, and the choice corrected until it is within 5 %
-    or, where its steps are larger, below.
+    budget_bytes: stored bytes of the model. budget_ms: milliseconds of a prompt of `tokens` tokens, batch 1,
+    on the model's device; a copy is really cut and timed, and the choice corrected until it is within 5 % or,
+    where its steps are larger, below.
     Raises ValueError where both are given, and where no fraction up to 0.95 meets the budget.
     """
     if budget_bytes is not None and budget_ms is not None:
@@ -135,9 +135,18 @@ def fit_time(model: nn.Module, choose: Callable[[float], Kept], budget_ms: float
 
 
 def kept_ms(model: nn.Module, kept: Kept, tokens: int) -> float:
-    """Milliseconds of a forward over `tokens` tokens, batch 1, of a copy cut to the units in `kept`."""
-    (time,) = forwards_ms([(cut_copy(model, kept), (some_ids(model, tokens),), {"use_cache": False})])
+    """Milliseconds of a prompt of `tokens` tokens, batch 1, in a copy cut to the units in `kept`."""
+    (time,) = prompt_ms([cut_copy(model, kept)], tokens)
     return time
+
+
+def prompt_ms(models: list[nn.Module], tokens: int) -> list[float]:
+    """Milliseconds that each model takes for a prompt of `tokens` tokens, batch 1, all taking turns.
+
+    The head gives the logits of the last token alone, as in generation.
+    """
+    named = {"use_cache": False, "logits_to_keep": 1}
+    return forwards_ms([(model, (some_ids(model, tokens),), named) for model in models])
 
 
 Series = tuple[tuple[int, ...], tuple[float, ...]]  # numbers of units, rising; milliseconds at each
@@ -157,7 +166,7 @@ class LatencyTable:
     @classmethod
     @torch.no_grad()
     def measure(cls, model: nn.Module, tokens: int, points: int = 6) -> LatencyTable:
-        """Time a forward over `tokens` tokens, batch 1, on the model's device; equal blocks once.
+        """Time a prompt of `tokens` tokens, batch 1, on the model's device; equal blocks once.
 
         Raises ValueError where the tokens exceed the model's context.
         """

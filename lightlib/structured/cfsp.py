@@ -82,7 +82,7 @@ def cfsp(
     stands for sharpness = a T / 10^4; the default is a = 1 at their 128 windows of 1024 tokens. score, power:
     see `neuron_scores`. round_to: what stays in a block is a multiple of it, and the sum as asked within one.
     budget_bytes, budget_ms: instead of `fraction`, the least share with which the model takes so many bytes,
-    or one forward over `budget_tokens` tokens so many milliseconds on this device.
+    or a prompt of `budget_tokens` tokens so many milliseconds on this device.
     Raises ValueError for settings that do not fit.
     """
     if not 0 <= fraction < 1:

@@ -17,10 +17,9 @@ from lightlib.calibration import weight_bits
 from lightlib.compact import CompactLinear
 from lightlib.cost import size
 from lightlib.decoder import check_linears, find_blocks, linear_shapes, roles
-from lightlib.machine import seconds
 from lightlib.report import Compressed, LayerReport, Report
 from lightlib.structured.angular import stream_angles
-from lightlib.structured.budget import some_ids
+from lightlib.structured.budget import prompt_ms
 
 CHOICES = ("run", "single")
 
@@ -44,7 +43,7 @@ def drop_blocks(
 
     count: how many blocks go; otherwise the nearest to `fraction` of all, but not all. choose, tokens: see
     `least_turning` and `stream_angles`. budget_bytes, budget_ms: instead of both, the fewest blocks without
-    which the model takes so many bytes, or one forward over `budget_tokens` tokens so many milliseconds on
+    which the model takes so many bytes, or a prompt of `budget_tokens` tokens so many milliseconds on
     this device. Packed layers may be in the blocks; the rest of the model stays as it is.
     Raises ValueError for settings that do not fit, and for a model that no plain one could be without blocks.
     """
@@ -149,7 +148,7 @@ def fewest(model, angles, choose, budget_bytes, budget_ms, budget_tokens) -> int
         light = keep_blocks(copy.deepcopy(model, shared).eval(), [i for i in range(n) if i not in gone])
         if budget_bytes is not None:
             return size(light).stored_bytes
-        return forward_ms(light, budget_tokens)
+        return prompt_ms([light], budget_tokens)[0]
 
     budget = budget_ms if budget_bytes is None else budget_bytes
     count = bisect_left(range(n), True, key=lambda count: cost(count) <= budget)
@@ -157,12 +156,6 @@ def fewest(model, angles, choose, budget_bytes, budget_ms, budget_tokens) -> int
         unit = "ms on this device" if budget_bytes is None else "bytes"
         raise ValueError(f"a budget of {budget} {unit}: one block alone takes {cost(n - 1):.6g}")
     return count
-
-
-def forward_ms(model: nn.Module, tokens: int) -> float:
-    """Median milliseconds of a forward over `tokens` tokens, batch 1."""
-    ids = some_ids(model, tokens)
-    return 1e3 * seconds(lambda: model(ids, use_cache=False), ids.device)
 
 
 def rows_of(model: nn.Module, gone: list[int], turned: Tensor) -> list[LayerReport]:

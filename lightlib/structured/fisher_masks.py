@@ -50,7 +50,7 @@ def fisher_masks(
     """Take out the heads and neurons that the loss on `batches` feels least, wherever they are.
 
     fraction: the share of the products of these units that goes, heads and neurons in one account.
-    budget_bytes, budget_ms: as far as the stored bytes, or a forward over `budget_tokens` tokens, ask for;
+    budget_bytes, budget_ms: as far as the stored bytes, or a prompt of `budget_tokens` tokens, ask for;
     with milliseconds, units are priced by the time they take on the model's device. kinds: which units may
     go; every block keeps one of each. rearrange: then swap units within each block, since units that go
     together matter otherwise than each alone; shrinkage: how little such products are trusted, from 0 to 1,

@@ -56,7 +56,7 @@ def llm_pruner(
     their "block", or with those of the same kind in the whole "model", where each block keeps at least one.
     round_to: the units that stay are a multiple of it. With few heads the share may round to none.
     budget_bytes, budget_ms: instead of `fraction`, the least share with which the model takes so many bytes,
-    or one forward over `budget_tokens` tokens so many milliseconds on this device.
+    or a prompt of `budget_tokens` tokens so many milliseconds on this device.
     Raises ValueError for settings that do not fit, and where nothing may go.
     """
     check(batches, importance=importance, aggregate=aggregate, across=across)

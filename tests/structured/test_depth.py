@@ -189,7 +189,7 @@ def test_a_budget_is_met_by_the_fewest_blocks(calib, monkeypatch):
     for bytes_left, blocks in ((whole, 4), (whole - 1, 3), (whole - block, 3), (whole - 2 * block - 1, 1)):
         light, _ = drop_blocks(deep, calib, budget_bytes=bytes_left, progress=False)
         assert len(find_blocks(light)) == blocks
-    monkeypatch.setattr(depth, "forward_ms", lambda model, tokens: 1.0 + len(find_blocks(model)))
+    monkeypatch.setattr(depth, "prompt_ms", lambda models, _: [1.0 + len(find_blocks(*models))])
     light, _ = drop_blocks(deep, calib, budget_ms=3.5, budget_tokens=8, progress=False)
     assert len(find_blocks(light)) == 2
     with pytest.raises(ValueError, match=r"a budget of 1\.5 ms on this device: one block alone takes 2"):
