@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lightlib.compact import CompactLinear
-from lightlib.decoder import Roles, check_linears, find_blocks, linear_shapes, linears, roles
+from lightlib.decoder import Roles, check_linears, find_blocks, linear_shapes, linears, roles, stages
+from lightlib.low_rank import CorrectedLinear, LowRankLinear, weight_bits, weight_of
 from lightlib.machine import matmul_rate
 from lightlib.report import LayerReport, relative_error
 from lightlib.statistic import AbsMax, Gram, Samples, SquaredNorm, together
@@ -64,7 +65,7 @@ class Block:
 
     @property
     def stages(self) -> list[tuple[str, ...]]:
-        return self.roles.stages
+        return stages(self.module, self.roles)
 
     @torch.no_grad()
     def open(self) -> dict[str, Tensor]:
@@ -168,7 +169,7 @@ class Block:
         self,
         method: str,
         name: str,
-        new: CompactLinear,
+        new: CompactLinear | LowRankLinear | CorrectedLinear,
         gram: Tensor | None = None,
         notes: str = "",
         inputs: Tensor | None = None,
@@ -206,18 +207,6 @@ def held_bytes(output) -> int:
     """Bytes of the tensors in what a module returned."""
     parts = output if isinstance(output, (tuple, list)) else (output,)
     return sum(part.nbytes for part in parts if isinstance(part, Tensor))
-
-
-def weight_bits(linear: nn.Linear | CompactLinear) -> int:
-    """Bits of the layer's weight in a file, without its bias."""
-    if isinstance(linear, nn.Linear):
-        return linear.weight.numel() * linear.weight.itemsize * 8
-    return linear.stored_bits() - (0 if linear.bias is None else linear.bias.nbytes * 8)
-
-
-def weight_of(linear: nn.Linear | CompactLinear) -> Tensor:
-    """The layer's weight (out, in) in float32, dense."""
-    return linear.dense() if isinstance(linear, CompactLinear) else linear.weight.detach().float()
 
 
 @torch.no_grad()

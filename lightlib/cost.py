@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightlib.compact import compact_layers
-from lightlib.decoder import find_blocks, linear_shapes, roles
+from lightlib.decoder import attention_width, find_blocks, linear_shapes, roles
 from lightlib.quality import device_of
 from lightlib.report import bars, facts_table, table, tidy
 
@@ -70,7 +70,7 @@ def flops(model: nn.Module, context: int = 256) -> Flops:
     in_blocks = sum(2 * n_out * n_in for block in blocks for n_out, n_in in linear_shapes(block).values())
     head = model.get_output_embeddings()
     head_flops = 2 * head.in_features * head.out_features
-    attention = 4 * context * sum(linear_shapes(block)[names.attention_out][1] for block in blocks)
+    attention = 4 * context * sum(attention_width(block, names) for block in blocks)
     return Flops(in_blocks + attention + head_flops // context, in_blocks + attention + head_flops, context)
 
 

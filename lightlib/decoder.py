@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightlib.compact import CompactLinear
+from lightlib.low_rank import COMPOSITE, Correction
 from lightlib.shortcut import Shortcut
 
 
@@ -195,6 +196,12 @@ def head_dim(model: nn.Module) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def attention_width(block: nn.Module, names: Roles) -> int:
+    """The width of all query heads of a block: what its attention gives the layer that ends it."""
+    shape = linear_shapes(block).get(names.attention_out)
+    return shape[1] if shape else block.get_submodule(names.attention_out).in_features
+
+
 def set_head_counts(model: nn.Module, block: nn.Module, heads: int) -> None:
     """Tell a block's attention that it has `heads` key-value heads, where its code asks. In place."""
     names, size = roles(model), head_dim(model)
@@ -233,25 +240,55 @@ def linears(module: nn.Module) -> dict[str, nn.Linear | CompactLinear]:
     }
 
 
-def check_linears(model: nn.Module) -> None:
-    """Raise ValueError where a linear layer of the blocks is wrapped in something else, as LoRA does."""
+def stages(block: nn.Module, names: Roles) -> list[tuple[str, ...]]:
+    """A block's linears in the order they run; those in one stage read the same input.
+
+    Of a layer made of several, the first reads what the layer reads; each other one is a stage of its own.
+    """
+    found = []
+    for stage in names.stages:
+        first, later = [], []
+        for name in stage:
+            part = block.get_submodule(name)
+            if isinstance(part, COMPOSITE):
+                begin, *rest = ([f"{name}.{inner}" for inner in inside] for inside in part.stages)
+                first, later = first + begin, later + [tuple(inside) for inside in rest]
+            else:
+                first.append(name)
+        found += [tuple(first), *later]
+    return found
+
+
+def check_linears(model: nn.Module, whole: bool = False) -> None:
+    """Raise ValueError where a linear layer of the blocks is wrapped in something else, as LoRA does.
+
+    With `whole`, also where a layer is made of several, as those of low rank are.
+    """
     for block, module in find_blocks(model).items():
         present = linear_shapes(module)
         for name in itertools.chain(*roles(model).stages):
-            if name not in present:
-                kind = type(module.get_submodule(name)).__name__
+            part = module.get_submodule(name)
+            composite = isinstance(part, COMPOSITE)
+            if composite and whole:
+                raise ValueError(
+                    f"{block}.{name} is a {type(part).__name__}, and this method takes whole matrices; "
+                    "apply it before layers are factorized"
+                )
+            if name not in present and not composite:
+                kind = type(part).__name__
                 raise ValueError(f"{block}.{name} is a {kind}; merge it into its linear first (merge_lora)")
 
 
 def linear_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
     """(out, in) of every layer in `module` that multiplies by a weight, GPT-2's Conv1D too, by name.
 
-    A shortcut stands with the shape of a matrix that takes as many products.
+    A shortcut, or a correction of low rank, stands with the shape of a matrix that takes as many products.
     """
     from transformers.pytorch_utils import Conv1D
 
     shapes = {name: (part.out_features, part.in_features) for name, part in linears(module).items()}
-    shapes |= {name: part.products for name, part in module.named_modules() if isinstance(part, Shortcut)}
+    beside = (Shortcut, Correction)
+    shapes |= {name: part.products for name, part in module.named_modules() if isinstance(part, beside)}
     convs = {name: part for name, part in module.named_modules() if isinstance(part, Conv1D)}
     return shapes | {name: tuple(part.weight.shape[::-1]) for name, part in convs.items()}
 
@@ -262,12 +299,21 @@ def use_linear_everywhere(model: nn.Module) -> nn.Module:
 
     for name, part in list(model.named_modules()):
         if isinstance(part, Conv1D):
-            n_in, n_out = part.weight.shape
-            linear = nn.Linear(n_in, n_out, device="meta")
-            linear.weight = nn.Parameter(part.weight.detach().T.contiguous(), part.weight.requires_grad)
-            linear.bias = part.bias
-            model.set_submodule(name, linear)
+            model.set_submodule(name, as_linear(part))
     return model
+
+
+def as_linear(part: nn.Module) -> nn.Module:
+    """One of GPT-2's Conv1D layers as the nn.Linear that it stands for; any other layer as it is."""
+    from transformers.pytorch_utils import Conv1D
+
+    if not isinstance(part, Conv1D):
+        return part
+    n_in, n_out = part.weight.shape
+    linear = nn.Linear(n_in, n_out, device="meta")
+    linear.weight = nn.Parameter(part.weight.detach().T.contiguous(), part.weight.requires_grad)
+    linear.bias = part.bias
+    return linear
 
 
 def untie_head(model: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ from lightlib.calibration import time_linears
 from lightlib.compact import CompactLinear
 from lightlib.cost import Size, generate, size
 from lightlib.decoder import find_blocks, linear_shapes
+from lightlib.low_rank import weight_bits
 from lightlib.machine import Roofline, roofline
 from lightlib.quality import device_of
 from lightlib.report import bars, table, tidy
@@ -121,7 +122,7 @@ def _facts(
         path, reason = part.fast_path(dtype, device)
         stored, speed, path = part.stored_bits() // 8, "real" if path else "simulated", path or reason
     else:
-        stored, speed, path = part.weight.numel() * part.weight.itemsize, "dense", "aten::linear"
+        stored, speed, path = weight_bits(part) // 8, "dense", "aten::linear"
     memory, compute = roof.floor_ms(stored, 0), roof.floor_ms(0, 2 * weights)
     floor = max(memory, compute)
     # three times its floor: neither bytes nor products explain the time

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightlib.decoder import norm_readers, roles
+from lightlib.decoder import check_linears, norm_readers, roles
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def rewrite(part: nn.Module, name: str, value: Tensor) -> None:
 def folds(model: nn.Module) -> list[Fold]:
     """Where a block of this model takes a scale exactly; names are those in a block. Linears without a fold
     have an activation, or interleaved heads, in front of them."""
+    check_linears(model, whole=True)
     names, config = roles(model), model.config
     block = model.get_submodule(names.blocks)[0]
     found = []

@@ -36,6 +36,7 @@ def sensitivity(
     change: Callable[[Block, dict[str, Tensor]], Callable[[str, nn.Linear, Hashable], Tensor]],
     cost: Callable[[tuple[int, int], Hashable], int],
     *,
+    statistic: Callable = SquaredNorm,
     progress: bool = True,
     title: str = "sensitivity",
 ) -> dict[str, list[Choice]]:
@@ -44,20 +45,21 @@ def sensitivity(
     Each stage of each block is changed alone to `probe`, one of the settings, and the divergence from the
     dense model is measured. That is quadratic in small changes of weights, so for other settings it is taken
     to grow with the squared distance they move them, each weight times the norm of its input: measuring each
-    would mostly measure luck. change(block, norms): gives (name, layer, setting) -> its changed weight;
-    norms: {layer: each input's sum of squares (in,)}. cost(shape, setting): what a setting takes.
+    would mostly measure luck. With `statistic=Gram`, it is the distance that they move the layers' outputs.
+    change(block, inputs): gives (name, layer, setting) -> its changed weight; inputs: {layer: each input's
+    sum of squares (in,), or their gram (in, in)}. cost(shape, setting): what a setting takes.
     """
     reference, choices = [log_probabilities(model, ids) for ids in batches], {}
     for block in stream_blocks(model, batches, progress=progress, title=title):
-        norms = {name: found.value for name, found in block.collect(SquaredNorm).items()}
-        changed = change(block, norms)
+        inputs = {name: found.value for name, found in block.collect(statistic).items()}
+        changed = change(block, inputs)
         with starting_at(model, block):
             for stage in block.stages:
                 parts = {name: block.linears[name] for name in stage}
                 moved = {}
                 for setting in settings:
                     weights = {name: changed(name, part, setting) for name, part in parts.items()}
-                    moved[setting] = moved_by(parts, weights, norms)
+                    moved[setting] = moved_by(parts, weights, inputs)
                     if setting == probe:
                         with swapped(parts, weights):
                             loss = divergence_from(reference, model, batches) / max(moved[probe], 1e-12)
@@ -83,10 +85,14 @@ def swapped(parts: dict[str, nn.Linear], weights: dict[str, Tensor]) -> Iterator
             part.weight.data = before[name]
 
 
-def moved_by(parts: dict[str, nn.Linear], weights: dict[str, Tensor], norms: dict[str, Tensor]) -> float:
-    """Sum of (w - w')^2 ||x||^2 over all weights of these layers, x being the input of each (in,)."""
-    gone = ((name, part.weight.detach().float() - weights[name].float()) for name, part in parts.items())
-    return sum((move.square() * norms[name]).sum().item() for name, move in gone)
+def moved_by(parts: dict[str, nn.Linear], weights: dict[str, Tensor], inputs: dict[str, Tensor]) -> float:
+    """Sum of (w - w')^2 ||x||^2 over all weights of these layers, by each input's sum of squares (in,); by
+    the inputs' gram (in, in), what ||(W - W')X||^2 is."""
+    total = 0.0
+    for name, part in parts.items():
+        gone, seen = part.weight.detach().float() - weights[name].float(), inputs[name]
+        total += ((gone @ seen if seen.dim() == 2 else gone * seen) * gone).sum().item()
+    return total
 
 
 def log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
@@ -130,7 +136,7 @@ def _best_step(key: str, choices: list[Choice], at: int, left: int) -> list[tupl
     here, steps = choices[at], []
     for i, up in enumerate(choices[at + 1 :], at + 1):
         price = up.cost - here.cost
-        if price <= left:
+        if 0 < price <= left:
             steps.append(((up.loss - here.loss) / price, key, i))
     return [min(steps)] if steps else []
 

@@ -163,7 +163,7 @@ def keep_units(model: nn.Module, kept: Kept, method: str) -> list[LayerReport]:
     then the model is a plain one; otherwise they become part of its structure. Raises ValueError for a kind
     without a unit left, and for packed layers, which are cut before they are packed.
     """
-    check_linears(model)
+    check_linears(model, whole=True)
     rows = []
     for name, old, new, units in cut_units(model, kept):
         gone = 1 - new.weight.double().norm() ** 2 / old.weight.double().norm() ** 2

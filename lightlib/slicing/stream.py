@@ -87,7 +87,7 @@ class Place:
 
 def open_stream(model: nn.Module) -> nn.Module:
     """Fold the norms and give every residual a shortcut, an identity. In place; changes no output."""
-    check_linears(model)
+    check_linears(model, whole=True)
     fold_norms(model)
     names, width, parallel = roles(model), model.config.hidden_size, is_parallel(model)
     for name, block in find_blocks(model).items():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightlib.calibration import Block, SquaredNorm, stream_blocks
 from lightlib.change import changing
+from lightlib.decoder import check_linears
 from lightlib.report import Compressed, Report
 from lightlib.structured.angular import needed, noting_angles
 from lightlib.structured.budget import best, fit, kept_count
@@ -90,6 +91,7 @@ def cfsp(
     if round_to < 1:
         raise ValueError(f"round_to={round_to}: what stays is a multiple of it; take 1 or more")
     with changing(model, inplace) as light:
+        check_linears(light, whole=True)
         importance, scores = importances(light, batches, score, power, device=device, progress=progress)
 
         def choose(fraction: float) -> Kept:

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightlib.calibration import weight_bits
-from lightlib.compact import CompactLinear
 from lightlib.cost import size
 from lightlib.decoder import check_linears, find_blocks, linear_shapes, roles
+from lightlib.low_rank import weight_bits
 from lightlib.report import Compressed, LayerReport, Report
 from lightlib.structured.angular import stream_angles
 from lightlib.structured.budget import prompt_ms
@@ -166,6 +165,6 @@ def rows_of(model: nn.Module, gone: list[int], turned: Tensor) -> list[LayerRepo
         notes = f"gone with a block that turns the stream by {turned[i]:.3f} of a half turn"
         for part, shape in linear_shapes(block).items():
             layer = block.get_submodule(part)
-            bits = weight_bits(layer) if isinstance(layer, CompactLinear) else 8 * layer.weight.nbytes
+            bits = weight_bits(layer)
             rows.append(LayerReport("drop_blocks", f"{name}.{part}", shape, bits, 0, 1.0, notes))
     return rows

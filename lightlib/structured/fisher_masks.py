@@ -62,7 +62,7 @@ def fisher_masks(
     """
     check(batches, fraction, budget_bytes, budget_ms, kinds, round_to, shrinkage, damp)
     with changing(model, inplace) as light:
-        check_linears(light)
+        check_linears(light, whole=True)
         if budget_bytes is None and budget_ms is None:
             check_reach(light, fraction, kinds, round_to)
         gradients = gradients or mask_gradients(light, batches, progress=progress)

@@ -136,7 +136,7 @@ def units_of(model: nn.Module, kinds: tuple[str, ...], protect: tuple[int, int] 
     channels = tuple(kinds) == CHANNELS
     if not channels and (not kinds or not set(kinds) <= set(KINDS)):
         raise ValueError(f"kinds={kinds!r}: give a tuple of some of {', '.join(KINDS)}, or {CHANNELS} alone")
-    check_linears(model)
+    check_linears(model, whole=True)
     places = [WHOLE] if channels else pruned_blocks(model, protect)
     found = {place: parts_of(model, place) for place in places}
     return {name: {kind: parts[kind] for kind in kinds} for name, parts in found.items()}

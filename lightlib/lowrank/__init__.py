@@ -1,0 +1,1 @@
+"""Fewer numbers by structure: matrices of low rank, tensor decompositions, embeddings made of parts."""
