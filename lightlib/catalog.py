@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lightlib.lowrank.svd import svd
 from lightlib.quantization.awq import awq
 from lightlib.quantization.float_grids import FP8, NF4
 from lightlib.quantization.gptq import gptq
@@ -158,6 +159,15 @@ METHODS = (
         "the blocks' linear weights, to 2:4 and the most important of the others back",
         needs_data=True,
         knobs={"alpha": (0.25, 0.0), "pattern": ("1:4",)},
+    ),
+    Method(
+        "svd",
+        svd,
+        "Eckart & Young 1936; Wang et al. 2024, arXiv:2403.07378",
+        "the blocks' linear weights, to the directions in which most of their outputs lie",
+        needs_data=True,
+        knobs={"fraction": (0.3, 0.6), "weighing": ("norm", None), "pivot": (False,)},
+        reshapes=True,
     ),
     Method(
         "slicegpt",

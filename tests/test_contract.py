@@ -13,6 +13,7 @@ from lightlib.catalog import METHODS
 from lightlib.compact import CompactLinear, compact_layers
 from lightlib.cost import size
 from lightlib.decoder import cast, find_blocks, linears, roles, use_linear_everywhere
+from lightlib.low_rank import COMPOSITE
 from lightlib.structured import depth
 from tests.conftest import inputs_of
 
@@ -199,7 +200,12 @@ def reshaped_rows_are_the_modules_changed(model, light, report, calib, folder):
     before = [{name: p.shape for name, p in each.named_parameters()} for each in (model, turned)]
     for name, weight in light.named_parameters():
         owner, _, key = name.rpartition(".")
-        if key == "weight" and weight.shape not in [shapes.get(name) for shapes in before]:
+        whole = owner.rpartition(".")[0]
+        if isinstance(light.get_submodule(whole), COMPOSITE):
+            part = light.get_submodule(whole)
+            assert rows[whole].shape == (part.out_features, part.in_features)
+            assert rows[whole].bits_after == part.stored_bits()
+        elif key == "weight" and weight.shape not in [shapes.get(name) for shapes in before]:
             assert rows[owner].shape == tuple(weight.shape)
             own = light.get_submodule(owner).parameters(recurse=False)
             assert rows[owner].bits_after == sum(p.numel() * p.element_size() * 8 for p in own)

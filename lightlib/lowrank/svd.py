@@ -171,3 +171,21 @@ def check(batches: list[Tensor] | None, weighing: str | None, given: dict[str, o
     for name in ("fraction", "energy"):
         if not 0 <= given.get(name, 0.5) <= 1:
             raise ValueError(f"{name}={given[name]}: give a share from 0 to 1")
+
+
+def spectra(
+    model: nn.Module, batches: list[Tensor], *, every: int = 1, progress: bool = True
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """{layer: (energy of its weight, energy of its outputs)}, each (min(out, in)), largest first; sums are 1.
+
+    Of the linear layers in the first block and each `every`-th after it; nothing is changed.
+    """
+    found = {}
+    for i, block in enumerate(stream_blocks(model, batches, progress=progress, title="spectra")):
+        if i % every == 0:
+            parts = block.dense
+            grams = block.collect(Gram, of=tuple(parts))
+            for name, part in parts.items():
+                both = (output_directions(part.weight, gram)[1] for gram in (None, grams[name].value))
+                found[f"{block.name}.{name}"] = tuple((e / e.sum()).float().cpu() for e in both)
+    return found

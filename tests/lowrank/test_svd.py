@@ -20,7 +20,7 @@ from lightlib.lowrank.correction import correct
 from lightlib.lowrank.linear import low_rank_linear
 from lightlib.lowrank.pca import pca
 from lightlib.lowrank.ranks import rank_for, rank_for_energy, stored
-from lightlib.lowrank.svd import low_rank, output_directions, svd
+from lightlib.lowrank.svd import low_rank, output_directions, spectra, svd
 from lightlib.quality import divergence
 from lightlib.quantization.gptq import gptq
 from lightlib.quantization.grid import Int
@@ -352,3 +352,16 @@ def test_without_batches_errors_are_those_of_the_weights(llama):
         svd(llama)
     _, report = svd(llama, weighing=None, progress=False)
     assert all("rank" in row.notes and 0 < row.error < 1 for row in report)
+
+
+def test_spectra_are_shares_of_the_weights_and_of_the_outputs_energy(llama, calib):
+    found = spectra(llama, calib, progress=False)
+    assert set(found) == {f"{b}.{n}" for b, block in find_blocks(llama).items() for n in linears(block)}
+    for name, (plain, weighed) in found.items():
+        singular = torch.linalg.svdvals(llama.get_submodule(name).weight.detach())
+        assert_close(plain, singular.square() / singular.square().sum(), rtol=1e-3, atol=1e-5)
+        assert weighed.sum().item() == pytest.approx(1) and (weighed.diff() <= 0).all()
+    _, report = svd(llama, calib, rank=4, pivot=False, progress=False)
+    row = report.rows[0]  # of the first block, whose inputs no change has reached
+    assert row.error**2 == pytest.approx(found[row.name][1][4:].sum().item(), rel=1e-3)
+    assert len(spectra(llama, calib, every=2, progress=False)) == len(found) / 2
