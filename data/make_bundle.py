@@ -25,7 +25,7 @@ TREE = Path(__file__).resolve().parents[1]
 PART_BYTES = 60 * 2**20
 ROOTS = (
     "nbval", "nbclient", "nbformat", "ipykernel", "ipywidgets", "pytest-xdist", "pennylane", "gguf",
-    "accelerate",
+    "accelerate", "morfessor", "tensorly",
 )  # fmt: skip
 # what the GPU machine must have of its own; the bundle's packages are installed without looking for these
 PRESENT = {
