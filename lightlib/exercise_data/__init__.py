@@ -1,6 +1,7 @@
 """The exercises of all lessons, by name: "NN.what"."""
 
 from lightlib.exercise_data import (
+    low_rank,
     numbers,
     outliers,
     pruning,
@@ -21,4 +22,5 @@ EXERCISES: dict[str, Exercise] = (
     | sparse_kernels.EXERCISES
     | structured.EXERCISES
     | slicegpt.EXERCISES
+    | low_rank.EXERCISES
 )
