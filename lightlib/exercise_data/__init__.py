@@ -9,6 +9,7 @@ from lightlib.exercise_data import (
     sparse_kernels,
     start_here,
     structured,
+    tensor_networks,
     weight_only,
 )
 from lightlib.exercise_data.exercise import Exercise
@@ -23,4 +24,5 @@ EXERCISES: dict[str, Exercise] = (
     | structured.EXERCISES
     | slicegpt.EXERCISES
     | low_rank.EXERCISES
+    | tensor_networks.EXERCISES
 )
