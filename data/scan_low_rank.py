@@ -1,10 +1,10 @@
 """Measure low rank on the real model, alone, beside other methods and with them -> perplexity, bytes, times.
 
-    python data/scan_low_rank.py      # 40 minutes on two idle CPU cores; writes data/low_rank.json
+    python data/scan_low_rank.py      # 35 minutes on two idle CPU cores; writes data/low_rank.json
 
 Each point is a recipe for smollm2-135m. Bytes are those of a file with all that is not packed in bfloat16.
-Points of low rank alone are timed beside the dense model, which is timed again for each. Lesson 09 draws the
-points; its explorer reads them.
+Points of low rank alone, weighed by the gram, are timed beside the dense model, which is timed again for
+each. Lesson 09 draws the points; its explorer reads them.
 """
 
 import time
@@ -73,7 +73,8 @@ def measure(model, calibration: list, tests: list, point: dict) -> dict:
     steps = [step(model, calibration, *each) for each in point["steps"]]
     light, report = compress(model, steps, calibration)
     seconds, times = time.perf_counter() - begin, {}
-    if [name for name, _ in point["steps"]] == ["svd"]:
+    (name, knobs), *later = point["steps"]
+    if name == "svd" and not later and not {"weighing", "ranks"} & set(knobs):
         for name, each in (("dense_", model), ("", light)):
             found = latency(each, prompt=PROMPT, new=NEW)
             times |= {f"{name}ttft_ms": found.ttft_ms, f"{name}tpot_ms": found.tpot_ms}

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lightlib.compact import CompactLinear
+from lightlib.compact import CompactLinear, weight_of
 from lightlib.decoder import Roles, check_linears, find_blocks, linear_shapes, linears, roles, stages
-from lightlib.low_rank import CorrectedLinear, LowRankLinear, weight_bits, weight_of
+from lightlib.low_rank import CorrectedLinear, LowRankLinear, weight_bits
 from lightlib.machine import matmul_rate
 from lightlib.report import LayerReport, relative_error
 from lightlib.statistic import AbsMax, Gram, Samples, SquaredNorm, together
@@ -262,7 +262,7 @@ def record(model: nn.Module, blocks: dict[str, nn.Module], batches: list[Tensor]
 
         return forward
 
-    place = model.get_input_embeddings().weight.device
+    place = next(model.get_input_embeddings().parameters()).device
     try:
         for name, block in blocks.items():
             block.forward = stand_in(name)

@@ -44,6 +44,10 @@ class CompactLinear(nn.Module):
         """Bits that the layer takes in a file."""
         return sum(t.numel() * t.element_size() * 8 for t in self.stored().values())
 
+    def flops_for(self, tokens: int) -> int:
+        """FLOPs of a call with so many tokens, a multiply and an add being two; reading codes counts none."""
+        return 2 * tokens * self.in_features * self.out_features
+
     def mask(self) -> Tensor | None:
         """Which weights (out, in) a layer stores that drops some and leaves the others as they are."""
         return None
@@ -97,7 +101,9 @@ class Through(torch.autograd.Function):
 @contextmanager
 def letting_gradients_through(model: nn.Module) -> Iterator[None]:
     """While it lasts, gradients pass layers of `model` whose weights are codes as they pass dense ones."""
-    layers = [part for part in compact_layers(model).values() if not part.learnable()]
+    layers = [
+        part for part in compact_layers(model).values() if all(p is part.bias for p in part.parameters())
+    ]
     try:
         for layer in layers:
             layer.forward = partial(through, layer, layer.forward)
@@ -110,6 +116,11 @@ def letting_gradients_through(model: nn.Module) -> Iterator[None]:
 def through(layer: CompactLinear, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """forward(x), to which gradients pass `layer` as they pass a dense one."""
     return Through.apply(x, layer.bias, layer, forward)
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """A layer's weight (out, in) in float32, dense; of nn.Linear, or of a layer that has `dense`."""
+    return linear.weight.detach().float() if isinstance(linear, nn.Linear) else linear.dense()
 
 
 def compact_layers(model: nn.Module) -> dict[str, CompactLinear]:

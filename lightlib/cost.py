@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import statistics
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightlib.compact import compact_layers
+from lightlib.compact import CompactLinear, compact_layers
 from lightlib.decoder import attention_width, find_blocks, linear_shapes, roles
 from lightlib.quality import device_of
 from lightlib.report import bars, facts_table, table, tidy
@@ -63,15 +64,30 @@ class Flops:
 def flops(model: nn.Module, context: int = 256) -> Flops:
     """FLOPs a token: 2 x in x out for every linear layer, and 4 x heads x head_dim x context for attention.
 
+    A layer held in factors takes those of its cheapest order, which may be another one for a whole prompt.
+
     Prefill of `context` tokens multiplies the whole square of scores, as kernels do that skip nothing; the
     head is counted for the last token only. Elementwise work and lookups count nothing.
     """
     blocks, names = find_blocks(model).values(), roles(model)
-    in_blocks = sum(2 * n_out * n_in for block in blocks for n_out, n_in in linear_shapes(block).values())
+
+    def in_blocks(tokens: int) -> int:
+        return sum(
+            layer_flops(block.get_submodule(name), shape, tokens)
+            for block in blocks
+            for name, shape in linear_shapes(block).items()
+        )
+
     head = model.get_output_embeddings()
-    head_flops = 2 * head.in_features * head.out_features
+    head_flops = 2 * math.prod(getattr(head, "products", (head.out_features, head.in_features)))
     attention = 4 * context * sum(attention_width(block, names) for block in blocks)
-    return Flops(in_blocks + attention + head_flops // context, in_blocks + attention + head_flops, context)
+    prefill = in_blocks(context) // context + attention + head_flops // context
+    return Flops(prefill, in_blocks(1) + attention + head_flops, context)
+
+
+def layer_flops(layer: nn.Module, shape: tuple[int, int], tokens: int) -> int:
+    """FLOPs of a layer of this shape (out, in) for so many tokens."""
+    return layer.flops_for(tokens) if isinstance(layer, CompactLinear) else 2 * tokens * math.prod(shape)
 
 
 @dataclass(frozen=True)

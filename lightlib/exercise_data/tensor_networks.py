@@ -71,7 +71,8 @@ EXERCISES = {
         ),
     ),
     "10.tucker_numbers": Exercise(
-        "Write tucker_numbers(shape, ranks): how many numbers a Tucker decomposition stores, core and all.",
+        "Write tucker_numbers(shape, ranks): how many numbers a Tucker decomposition stores, "
+        "core and factors.",
         tucker_numbers,
         cases=(((12, 12, 12), (4, 4, 4)), ((30, 576, 576), (30, 200, 100))),
         slips=(

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lightlib.calibration import Gram, stream_blocks
 from lightlib.change import changing
-from lightlib.compact import CompactLinear
+from lightlib.compact import CompactLinear, weight_of
 from lightlib.decoder import as_linear, linear_shapes
-from lightlib.low_rank import CORRECT, CorrectedLinear, weight_bits, weight_of
+from lightlib.low_rank import CORRECT, CorrectedLinear, weight_bits
 from lightlib.lowrank.ranks import chosen
 from lightlib.lowrank.svd import low_rank
 from lightlib.report import Compressed, LayerReport, Report, relative_error

@@ -1,7 +1,7 @@
 """Low rank: a matrix as two thin ones, which keep the directions in which most of its outputs lie.
 
 Eckart & Young 1936, Psychometrika 1; weighed by the inputs as in SVD-LLM, Wang et al. 2024, arXiv:2403.07378,
-or by their norms as in ASVD, Yuan et al. 2023, arXiv:2312.05821.
+or by their norms as in ASVD, Yuan et al. 2023, arXiv:2312.05821. Pivots: Zhao et al. 2025, arXiv:2501.19090.
 """
 
 from __future__ import annotations
