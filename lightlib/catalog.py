@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lightlib.lowrank.compress_embedding import compress_embedding
+from lightlib.lowrank.shared_tucker import tucker_across_layers
 from lightlib.lowrank.svd import svd
+from lightlib.lowrank.tensor_methods import cp, tensor_train, tucker
 from lightlib.quantization.awq import awq
 from lightlib.quantization.float_grids import FP8, NF4
 from lightlib.quantization.gptq import gptq
@@ -167,6 +170,60 @@ METHODS = (
         "the blocks' linear weights, to the directions in which most of their outputs lie",
         needs_data=True,
         knobs={"fraction": (0.3, 0.6), "weighing": ("norm", None), "pivot": (False,)},
+        reshapes=True,
+    ),
+    Method(
+        "tensor_train",
+        tensor_train,
+        "Oseledets 2011, SIAM J. Sci. Comput. 33(5); Novikov et al. 2015, arXiv:1509.06569",
+        "the blocks' linear weights, each a chain of small cores",
+        needs_data=False,
+        knobs={"fraction": (0.3, 0.8), "order": (2, 4)},
+    ),
+    Method(
+        "tucker",
+        tucker,
+        "De Lathauwer et al. 2000, SIAM J. Matrix Anal. Appl. 21(4), pages 1253-1278",
+        "the blocks' linear weights, each a core and a matrix for every mode",
+        needs_data=False,
+        knobs={"fraction": (0.3, 0.7), "heads": (False,), "order": (2,), "sweeps": (0,)},
+    ),
+    Method(
+        "cp",
+        cp,
+        "Carroll & Chang 1970; Harshman 1970; Kolda & Bader 2009, SIAM Review 51(3), pages 455-500",
+        "the blocks' linear weights, each a sum of outer products of three vectors",
+        needs_data=False,
+        knobs={
+            "fraction": (0.3, 0.8),
+            "heads": (False,),
+            "slices": (2, 5),
+            "sweeps": (2,),
+            "seed": (1,),
+        },
+    ),
+    Method(
+        "tucker_across_layers",
+        tucker_across_layers,
+        "Tucker 1966; Ye 2005, Machine Learning 61, pages 167-191",
+        "the same linear weight of all blocks, with bases that all share and a core for each",
+        needs_data=False,
+        knobs={"fraction": (0.3, 0.7), "sweeps": (0,)},
+        reshapes=True,
+    ),
+    Method(
+        "compress_embedding",
+        compress_embedding,
+        "Khrulkov et al. 2019, arXiv:1901.10787; Panahi et al. 2020, arXiv:1911.04975; Gan et al. 2022, "
+        "arXiv:2210.15379",
+        "the embedding, and a head that shares its weight",
+        needs_data=False,
+        knobs={
+            "kind": ("low_rank", "tt", "word2ketxs"),
+            "ratio": (2.0,),
+            "weighting": ("frequency",),
+            "dense_rows": (3,),
+        },
         reshapes=True,
     ),
     Method(

@@ -316,8 +316,19 @@ def as_linear(part: nn.Module) -> nn.Module:
     return linear
 
 
+def check_table(model: nn.Module) -> None:
+    """Raise ValueError where the embedding is no table of its own rows, to be cut or turned."""
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, nn.Embedding):
+        raise ValueError(
+            f"{roles(model).embedding} is a {type(embedding).__name__}, and this method takes a whole table; "
+            "apply it before the embedding is compressed"
+        )
+
+
 def untie_head(model: nn.Module) -> nn.Module:
     """Give the head a weight of its own where it shares the embedding's. In place; changes no output."""
+    check_table(model)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head.weight is embedding.weight:
         head.weight = nn.Parameter(embedding.weight.detach().clone(), embedding.weight.requires_grad)

@@ -77,4 +77,4 @@ def device_of(model: nn.Module) -> torch.device:
     places = {weight.device for weight in model.parameters()}
     if torch.device("meta") in places:
         raise ValueError("this model has weights on the meta device, so no numbers; load it with its weights")
-    return model.get_input_embeddings().weight.device
+    return next(model.get_input_embeddings().parameters()).device

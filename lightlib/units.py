@@ -20,6 +20,7 @@ from lightlib.decoder import (
     MLP_SIZES,
     Roles,
     check_linears,
+    check_table,
     find_blocks,
     head_dim,
     linear_shapes,
@@ -88,6 +89,7 @@ def channel_members(model: nn.Module) -> list[Member]:
     A head that shares the embedding's weight is not named beside it. Raises ValueError where no channel can
     go alone: a LayerNorm takes the mean of all, and the norms of a sliced model read directions.
     """
+    check_table(model)
     names, found = roles(model), []
     norm, head = model.get_submodule(names.final_norm), model.get_output_embeddings()
     if isinstance(norm, nn.LayerNorm) or not hasattr(norm, "weight"):

@@ -14,6 +14,7 @@ from lightlib.compact import CompactLinear, compact_layers
 from lightlib.cost import size
 from lightlib.decoder import cast, find_blocks, linears, roles, use_linear_everywhere
 from lightlib.low_rank import COMPOSITE
+from lightlib.lowrank import compress_embedding
 from lightlib.structured import depth
 from tests.conftest import inputs_of
 
@@ -269,6 +270,7 @@ def interrupt_in_block(monkeypatch, index):
     def interrupted_stack(*_):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(compress_embedding, "install", interrupted_stack)
     monkeypatch.setattr(units, "cut_units", interrupted_units)
     monkeypatch.setattr(depth, "left_over", interrupted_stack)
     monkeypatch.setattr(Block, "replace", interrupted)
