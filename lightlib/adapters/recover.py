@@ -46,7 +46,8 @@ def recover(
         raise ValueError("recover needs batches to train on")
     with changing(model, inplace) as light:
         blocks = find_blocks(light)
-        weights = [p for block in blocks.values() for p in block.parameters()]
+        # once each: blocks may share some
+        weights = list(dict.fromkeys(p for block in blocks.values() for p in block.parameters()))
         if not weights:
             raise ValueError(
                 "the blocks have no parameters left to train: all of their weights are packed codes"
