@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 import torch
+from recovering import BATCH, LENGTH, learning
 from scanning import SETTINGS, windows
 
 from lightlib.adapters.lora import lora, ranks_by_importance
@@ -21,10 +22,10 @@ from lightlib.measure import perplexity
 from lightlib.structured.angular import block_importance
 from lightlib.structured.cfsp import cfsp
 from lightlib.units import unit_counts
-from lightlib.zoo import batches, load_model, load_text
+from lightlib.zoo import load_model
 
 FRACTION, RANK, LR, SEEDS = 0.3, 16, 8e-4, (0, 1, 2)
-STEPS, BATCH, LENGTH = 48, 4, 256
+STEPS = 48
 
 
 def main() -> None:
@@ -36,10 +37,7 @@ def main() -> None:
     model, tokenizer = load_model(SETTINGS["model"])
     calibration, tests = (windows(tokenizer, **SETTINGS[part]) for part in ("calibration", "test"))
     light = cfsp(model, calibration, fraction=FRACTION, progress=False).model
-    text = load_text(SETTINGS["text"], split="calibration")
-    learning = batches(
-        tokenizer, text, n=len(tokenizer(text).input_ids) // LENGTH, length=LENGTH, batch_size=BATCH
-    )
+    text = learning(tokenizer)
     arms = {
         "equal": dict.fromkeys(find_blocks(light), RANK),
         "by importance": ranks_by_importance(
@@ -55,10 +53,10 @@ def main() -> None:
         "dense": perplexity(model, tests), "pruned": perplexity(light, tests), "runs": [],
     }  # fmt: skip
     for seed in SEEDS:
-        order = torch.randperm(len(learning), generator=torch.Generator().manual_seed(seed)).tolist()
+        order = torch.randperm(len(text), generator=torch.Generator().manual_seed(seed)).tolist()
         for name, ranks in arms.items():
             trained = lora(
-                light, [learning[i] for i in order], rank=ranks, steps=STEPS, lr=LR, progress=False
+                light, [text[i] for i in order], rank=ranks, steps=STEPS, lr=LR, progress=False
             ).model
             found["runs"].append({"ranks": name, "seed": seed, "perplexity": perplexity(trained, tests)})
             print(found["runs"][-1], flush=True)

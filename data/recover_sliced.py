@@ -7,19 +7,19 @@ that of the test split, which no training sees. Lesson 08 draws the curve.
 """
 
 import json
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
+from recovering import BATCH, LENGTH, curve, learning
 from scanning import SETTINGS, windows
 
 from lightlib.adapters.lora import lora
 from lightlib.measure import perplexity
 from lightlib.slicing.slicegpt import slicegpt
-from lightlib.zoo import batches, load_model, load_text
+from lightlib.zoo import load_model
 
-FRACTION, ROTATIONS, RANK, LR = 0.25, "block", 16, 8e-4
-STEPS, BATCH, LENGTH, EVERY = 64, 4, 256, 8
+FRACTION, ROTATIONS, RANK, LR, STEPS = 0.25, "block", 16, 8e-4, 64
 
 
 def main() -> None:
@@ -27,29 +27,10 @@ def main() -> None:
     calibration, tests = (windows(tokenizer, **SETTINGS[part]) for part in ("calibration", "test"))
     dense = perplexity(model, tests)
     light = slicegpt(model, calibration, slice_fraction=FRACTION, rotations=ROTATIONS, progress=False).model
-    text = load_text(SETTINGS["text"], split="calibration")
-    learning = batches(
-        tokenizer, text, n=len(tokenizer(text).input_ids) // LENGTH, length=LENGTH, batch_size=BATCH
+    train = partial(
+        lora, light, learning(tokenizer), rank=RANK, steps=STEPS, lr=LR, progress=False, inplace=True
     )
-    points = [{"step": 0, "seconds": 0.0, "perplexity": perplexity(light, tests)}]
-    begin, measuring = time.perf_counter(), 0.0
-
-    def watch(step: int, loss: float) -> None:
-        nonlocal measuring
-        if (step + 1) % EVERY == 0:
-            now = time.perf_counter()
-            points.append(
-                {
-                    "step": step + 1,
-                    "seconds": now - begin - measuring,
-                    "loss": loss,
-                    "perplexity": perplexity(light, tests),
-                }
-            )
-            print(points[-1], flush=True)
-            measuring += time.perf_counter() - now
-
-    lora(light, learning, rank=RANK, steps=STEPS, lr=LR, watch=watch, progress=False, inplace=True)
+    points = curve(light, tests, lambda watch: train(watch=watch))
     found = {
         "command": "python data/recover_sliced.py", "settings": SETTINGS,
         "torch": torch.__version__.partition("+")[0], "threads": torch.get_num_threads(),
