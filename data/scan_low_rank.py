@@ -34,7 +34,6 @@ def plan() -> list[dict]:
     recipes = [[svd_step(f)] for f in (0.2, 0.4, 0.1, 0.3, 0.6)]
     recipes += [[svd_step(f, weighing=w)] for f in FRACTIONS for w in (None, "norm")]
     recipes += [[svd_step(f, pivot=False)] for f in FRACTIONS]
-    recipes += [[svd_step(f, ranks="sensitive")] for f in FRACTIONS]
     rounded = {(m, b): [m, {"bits": b, "group_size": g}] for m, b, g in [
         ("rtn", 8, None), ("rtn", 4, 64), ("rtn", 3, 64), ("gptq", 4, 64), ("gptq", 3, 64)]}  # fmt: skip
     pruned = {share: ["sparsegpt", {"sparsity": share}] for share in (0.5, 0.6, 0.7)}
@@ -44,6 +43,7 @@ def plan() -> list[dict]:
     recipes += [[rounded["rtn", 3], correcting(rank)] for rank in (8, 32, 64)]
     recipes += [[rounded["gptq", 3], correcting(rank)] for rank in (8, 32)]
     recipes += [[pruned[share], correcting(rank)] for share in (0.5, 0.6, 0.7) for rank in (8, 32)]
+    recipes += [[svd_step(f, ranks="sensitive")] for f in (0.1, 0.2)]
     return [{"steps": steps} for steps in recipes]
 
 
@@ -61,7 +61,7 @@ def step(model, calibration: list, name: str, knobs: dict) -> partial:
     if "bits" in knobs:
         knobs = {"grid": Int(knobs["bits"], group_size=knobs["group_size"])}
     if knobs.pop("ranks", None):
-        knobs = {"rank": sensitive(model, calibration[:1], progress=False, **knobs)}
+        knobs = {"rank": sensitive(model, [calibration[0][:1]], progress=False, **knobs)}
     if name == "correct":
         knobs["dense"] = model
     return partial(METHODS[name], progress=False, **knobs)

@@ -12,9 +12,9 @@ from torch import nn
 
 from lightlib.calibration import time_linears
 from lightlib.compact import CompactLinear
-from lightlib.cost import Size, generate, size
+from lightlib.cost import Size, generate, layer_flops, size
 from lightlib.decoder import find_blocks, linear_shapes
-from lightlib.low_rank import weight_bits
+from lightlib.low_rank import COMPOSITE, weight_bits
 from lightlib.machine import Roofline, roofline
 from lightlib.quality import device_of
 from lightlib.report import bars, table, tidy
@@ -108,7 +108,7 @@ def explain(model: nn.Module, context: int = 64, steps: int = 8) -> Explanation:
     linears_ms = sum(layer.measured_ms for layer in layers)
     floor = sum(layer.floor_ms for layer in layers)
     sentence = (
-        f"{_smaller(layers, weights, dtype)}; {_speed(layers)}; {_limit(layers, tpot, linears_ms, floor)}."
+        f"{_smaller(model, layers, weights)}; {_speed(layers)}; {_limit(layers, tpot, linears_ms, floor)}."
     )
     return Explanation(sentence, layers, tpot, linears_ms, floor, weights, roof)
 
@@ -123,19 +123,27 @@ def _facts(
         stored, speed, path = part.stored_bits() // 8, "real" if path else "simulated", path or reason
     else:
         stored, speed, path = weight_bits(part) // 8, "dense", "aten::linear"
-    memory, compute = roof.floor_ms(stored, 0), roof.floor_ms(0, 2 * weights)
+    memory, compute = roof.floor_ms(stored, 0), roof.floor_ms(0, layer_flops(part, shape, 1))
     floor = max(memory, compute)
     # three times its floor: neither bytes nor products explain the time
     bound = "overhead" if measured_ms > 3 * floor else "memory" if memory >= compute else "compute"
     return LayerFacts(name, type(part).__name__, stored, dense, speed, path, measured_ms, floor, bound)
 
 
-def _smaller(layers: tuple[LayerFacts, ...], weights: Size, dtype: torch.dtype) -> str:
+def _smaller(model: nn.Module, layers: tuple[LayerFacts, ...], weights: Size) -> str:
     packed = sum(layer.stored_bytes for layer in layers if layer.speed != "dense")
-    name, dense_bytes = str(dtype).removeprefix("torch."), weights.parameters * dtype.itemsize
+    dtype, name = model.dtype, str(model.dtype).removeprefix("torch.")
     if not packed:
+        factored = [part for part in model.modules() if isinstance(part, COMPOSITE)]
+        whole = sum(part.in_features * part.out_features * dtype.itemsize for part in factored)
+        saved = whole - sum(part.stored_bits() // 8 for part in factored)
+        if saved > 0:
+            return (
+                f"Smaller, really: {weights.stored_bytes / 1e6:.4g} MB where whole matrices take "
+                f"{(weights.stored_bytes + saved) / 1e6:.4g}, all of it {name}"
+            )
         return f"Not smaller: nothing is packed, all {weights.stored_bytes / 1e6:.4g} MB are {name}"
-    outside = weights.stored_bytes - packed
+    outside, dense_bytes = weights.stored_bytes - packed, weights.parameters * dtype.itemsize
     return (
         f"Smaller, really: {weights.stored_bytes / 1e6:.4g} MB where {name} takes {dense_bytes / 1e6:.4g}, "
         f"{outside / 1e6:.4g} of them dense (embedding, head, norms)"

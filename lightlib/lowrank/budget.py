@@ -23,6 +23,7 @@ def sensitive(
     fraction: float | None = None,
     budget_bytes: float | None = None,
     levels: tuple[float, ...] = LEVELS,
+    band: float = 0.2,
     pivot: bool = True,
     progress: bool = True,
 ) -> dict[str, int]:
@@ -31,17 +32,20 @@ def sensitive(
     Layers that read one input keep one share of their weights, one of `levels`. Each of these stages is
     factorized alone and the divergence from the dense model measured (see sensitivity.py); a few hundred
     tokens are enough. `fraction` (0.2) of all weights go, or as many as budget_bytes, for the whole model in
-    a file, asks for. Raises ValueError without batches, and where all levels exceed the budget.
+    a file, asks for. band: no layer keeps less than the mean share by more than this; far from what was
+    measured, a layer's loss no longer grows with the square of its error. Raises ValueError without batches,
+    and where all levels exceed the budget.
     """
     if not batches:
         raise ValueError("sensitive needs batches to see how far the model moves")
     with changing(model, inplace=False) as copy:
         shapes = {name: tuple(part.weight.shape) for name, part in dense_linears(copy).items()}
         if budget_bytes is not None:
-            fraction = fraction_for(copy, budget_bytes)
+            fraction = fraction_for(copy, budget_bytes, pivot)
         keep = 0.8 if fraction is None else 1 - fraction
+        near = [level for level in sorted(levels) if level >= keep - band]
         scan = sensitivity(
-            copy, batches, sorted(levels), min(levels, key=lambda level: abs(level - keep)),
+            copy, batches, near, min(near, key=lambda level: abs(level - keep)),
             lambda block, grams: truncating(block, grams, pivot),
             lambda shape, level: stored(shape, rank_at(shape, level, pivot), pivot),
             statistic=Gram, progress=progress, title="sensitive",

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from lightlib.cost import size
 from lightlib.sensitivity import dense_linears
 
+ORDER_BYTES = 4  # for each output of a pivoted layer, where it lies
+
 
 def stored(shape: tuple[int, int], rank: int, pivot: bool) -> int:
     """Weights that a matrix of this shape and rank takes: r (out + in), or r (out + in - r) with pivots."""
@@ -60,10 +62,14 @@ def chosen(
     return rank
 
 
-def fraction_for(model: nn.Module, budget_bytes: float) -> float:
-    """The share of the dense linear layers' weights that must go, so that the model takes so many bytes."""
+def fraction_for(model: nn.Module, budget_bytes: float, pivot: bool) -> float:
+    """The share of the dense linear layers' weights that must go, so that the model takes so many bytes.
+
+    Raises ValueError where even none of these weights would be too much.
+    """
     weights = [part.weight for part in dense_linears(model).values()]
-    inside, whole = sum(W.nbytes for W in weights), size(model).stored_bytes
+    orders = sum(ORDER_BYTES * len(W) for W in weights) if pivot else 0
+    inside, whole = sum(W.nbytes for W in weights), size(model).stored_bytes + orders
     if budget_bytes <= whole - inside:
         raise ValueError(
             f"budget_bytes={budget_bytes:.0f}: all but the blocks' linear layers takes {whole - inside} alone"

@@ -131,7 +131,7 @@ def svd(
     with changing(model, inplace) as light:
         check_linears(light, whole=True)
         if budget_bytes is not None:
-            fraction = fraction_for(light, budget_bytes)
+            fraction = fraction_for(light, budget_bytes, pivot)
         rows, ranks = [], {}
         for block in stream_blocks(light, batches, device=device, progress=progress, title="svd"):
             parts = block.dense

@@ -195,9 +195,10 @@ def test_energy_chooses_the_rank_of_each_layer(llama, calib):
     assert len({row.notes for row in report}) > 2
 
 
-def test_a_budget_of_bytes_is_met_from_below(llama, calib):
+@pytest.mark.parametrize("pivot", [True, False])
+def test_a_budget_of_bytes_is_met_from_below(pivot, llama, calib):
     budget = 0.8 * size(llama).stored_bytes
-    light, _ = svd(llama, calib, budget_bytes=budget, pivot=False, progress=False)
+    light, _ = svd(llama, calib, budget_bytes=budget, pivot=pivot, progress=False)
     assert 0.9 * budget < size(light).stored_bytes <= budget
 
 
@@ -271,7 +272,10 @@ class TestWithOtherMethods:
 
     def test_explain_speaks_of_each_factor(self, llama, calib):
         light, _ = svd(llama, calib, rank=4, progress=False)
-        found = {layer.name: layer for layer in explain(light, context=8, steps=2).layers}
+        said = explain(light, context=8, steps=2)
+        found = {layer.name: layer for layer in said.layers}
+        mega = [f"{size(each).stored_bytes / 1e6:.4g}" for each in (light, llama)]
+        assert said.sentence.startswith("Smaller, really: {} MB where whole matrices take {}".format(*mega))
         factor = found["model.layers.0.mlp.up_proj.reduce"]
         assert factor.stored_bytes == 4 * 4 * 32 and factor.speed == "dense"
 
