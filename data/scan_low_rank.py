@@ -36,13 +36,13 @@ def plan() -> list[dict]:
     recipes += [[svd_step(f, pivot=False)] for f in FRACTIONS]
     rounded = {(m, b): [m, {"bits": b, "group_size": g}] for m, b, g in [
         ("rtn", 8, None), ("rtn", 4, 64), ("rtn", 3, 64), ("gptq", 4, 64), ("gptq", 3, 64)]}  # fmt: skip
-    pruned = {share: ["sparsegpt", {"sparsity": share}] for share in (0.5, 0.6, 0.7)}
+    pruned = {share: ["sparsegpt", {"sparsity": share}] for share in (0.5, 0.6)}
     recipes += [[step] for step in (*rounded.values(), *pruned.values())]
-    recipes += [[svd_step(f), rounded["rtn", 8]] for f in FRACTIONS]
-    recipes += [[svd_step(f), rounded["gptq", 4]] for f in FRACTIONS]
-    recipes += [[rounded["rtn", 3], correcting(rank)] for rank in (8, 32, 64)]
-    recipes += [[rounded["gptq", 3], correcting(rank)] for rank in (8, 32)]
-    recipes += [[pruned[share], correcting(rank)] for share in (0.5, 0.6, 0.7) for rank in (8, 32)]
+    recipes += [[svd_step(f), rounded["rtn", 8]] for f in (0.1, 0.2)]
+    # groups of 64 are to fit into the ranks
+    recipes += [[svd_step(f, round_to=64), rounded["gptq", 4]] for f in (0.1, 0.2)]
+    steps = (rounded["rtn", 3], rounded["gptq", 3], *pruned.values())
+    recipes += [[step, correcting(rank)] for step in steps for rank in (8, 32)]
     recipes += [[svd_step(f, ranks="sensitive")] for f in (0.1, 0.2)]
     return [{"steps": steps} for steps in recipes]
 

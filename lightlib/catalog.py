@@ -169,7 +169,7 @@ METHODS = (
         "Eckart & Young 1936; Wang et al. 2024, arXiv:2403.07378",
         "the blocks' linear weights, to the directions in which most of their outputs lie",
         needs_data=True,
-        knobs={"fraction": (0.3, 0.6), "weighing": ("norm", None), "pivot": (False,)},
+        knobs={"fraction": (0.3, 0.6), "weighing": ("norm", None), "pivot": (False,), "round_to": (8,)},
         reshapes=True,
     ),
     Method(

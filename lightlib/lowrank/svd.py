@@ -111,6 +111,7 @@ def svd(
     rank: int | Mapping[str, int] | None = None,
     energy: float | None = None,
     budget_bytes: float | None = None,
+    round_to: int = 1,
     weighing: str | None = "gram",
     pivot: bool = True,
     device=None,
@@ -121,13 +122,16 @@ def svd(
 
     One of: fraction (0.2 if none is given), the share of each layer's weights that goes; rank, one for all
     layers or {layer: rank}; energy, the share of its outputs' sum of squares that each layer keeps;
-    budget_bytes, what the whole model may take in a file. weighing: errors count by the inputs' "gram", by
-    the "norm" of each, or all alike (None, which needs no batches). pivot: see `low_rank`. A layer that would
-    not become smaller stays as it is. What comes out are nn.Linear, to be rounded, pruned or trained next.
+    budget_bytes, what the whole model may take in a file. round_to: ranks are multiples of it, the next ones
+    below, so that groups of this size fit when the factors are rounded next. weighing: errors count by the
+    inputs' "gram", by the "norm" of each, or all alike (None, which needs no batches). pivot: see `low_rank`;
+    fewer weights, but outputs that have to be put in order, so that two plain factors may be faster. A layer
+    that would not become smaller stays as it is. What comes out are nn.Linear, to be rounded, pruned or
+    trained next.
     Raises ValueError for settings that do not fit.
     """
     given = {"fraction": fraction, "rank": rank, "energy": energy, "budget_bytes": budget_bytes}
-    check(batches, weighing, {name: value for name, value in given.items() if value is not None})
+    check(batches, weighing, round_to, {name: value for name, value in given.items() if value is not None})
     with changing(model, inplace) as light:
         check_linears(light, whole=True)
         if budget_bytes is not None:
@@ -143,6 +147,7 @@ def svd(
                     r = rank_for_energy(share.sqrt(), energy)
                 else:
                     r = chosen(rank, fraction, whole, shape, pivot)
+                r = max(r // round_to * round_to, min(round_to, *shape))
                 if stored(shape, r, pivot) < math.prod(shape):
                     ranks[whole] = r
                     found = projected(part.weight, U[:, :r], pivot)
@@ -160,10 +165,14 @@ def weighed(gram: Tensor | None, weighing: str | None) -> Tensor | None:
     return {"gram": gram, "norm": gram if gram is None else gram.diagonal(), None: None}[weighing]
 
 
-def check(batches: list[Tensor] | None, weighing: str | None, given: dict[str, object]) -> None:
+def check(
+    batches: list[Tensor] | None, weighing: str | None, round_to: int, given: dict[str, object]
+) -> None:
     """Raise ValueError for settings of `svd` that do not fit."""
     if weighing not in WEIGHINGS:
         raise ValueError(f"weighing={weighing!r}: choose one of {', '.join(map(repr, WEIGHINGS))}")
+    if round_to < 1:
+        raise ValueError(f"round_to={round_to}: ranks are multiples of it; take 1 or more")
     if weighing and not batches:
         raise ValueError("svd weighs errors by the layers' inputs and needs batches; weighing=None does not")
     if len(given) > 1:

@@ -195,6 +195,15 @@ def test_energy_chooses_the_rank_of_each_layer(llama, calib):
     assert len({row.notes for row in report}) > 2
 
 
+def test_rounded_ranks_let_groups_of_their_size_fit_when_the_factors_are_rounded(llama, calib):
+    light, report = svd(llama, calib, fraction=0.2, round_to=8, progress=False)
+    ranks = {light.get_submodule(row.name).rank for row in report}
+    assert all(rank % 8 == 0 for rank in ranks) and max(ranks) <= 17
+    both, rows = rtn(light, grid=Int(4, group_size=8), progress=False)
+    assert {row.name.rpartition(".")[2] for row in rows} >= {"reduce", "expand"}
+    assert size(both).stored_bytes < size(light).stored_bytes
+
+
 @pytest.mark.parametrize("pivot", [True, False])
 def test_a_budget_of_bytes_is_met_from_below(pivot, llama, calib):
     budget = 0.8 * size(llama).stored_bytes
@@ -344,6 +353,7 @@ class TestCorrection:
         ({"fraction": 1.0}, "leaves it no rank"),
         ({"fraction": 1.5}, "fraction=1.5"),
         ({"budget_bytes": 10}, "budget_bytes=10"),
+        ({"round_to": 0}, "round_to=0"),
     ],
 )
 def test_bad_settings_are_named(settings, says, llama, calib):
