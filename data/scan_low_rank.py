@@ -40,10 +40,11 @@ def plan() -> list[dict]:
     recipes += [[step] for step in (*rounded.values(), *pruned.values())]
     recipes += [[svd_step(f), rounded["rtn", 8]] for f in (0.1, 0.2)]
     # groups of 64 are to fit into the ranks
-    recipes += [[svd_step(f, round_to=64), rounded["gptq", 4]] for f in (0.1, 0.2)]
-    steps = (rounded["rtn", 3], rounded["gptq", 3], *pruned.values())
+    recipes += [[svd_step(0.1, round_to=64), rounded[method, 4]] for method in ("gptq", "rtn")]
+    recipes += [[svd_step(0.1, round_to=64, pivot=False), rounded["gptq", 4]]]
+    steps = (rounded["rtn", 3], pruned[0.6])
     recipes += [[step, correcting(rank)] for step in steps for rank in (8, 32)]
-    recipes += [[svd_step(f, ranks="sensitive")] for f in (0.1, 0.2)]
+    recipes += [[rounded["gptq", 3], correcting(32)], [svd_step(0.2, ranks="sensitive")]]
     return [{"steps": steps} for steps in recipes]
 
 

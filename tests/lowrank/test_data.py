@@ -49,7 +49,9 @@ def test_bytes_are_those_that_the_ranks_leave():
             )
             order = 30 * 4 * sum(n for n, _ in SHAPES) if pivot else 0
             rest = 134_515_008 - 106_168_320
-            assert p["stored_bytes"] == pytest.approx(2 * (weights + rest) + order, abs=200)
+            assert p["stored_bytes"] == pytest.approx(
+                2 * (weights + rest) + order, abs=300
+            )  # and rotary frequencies
 
 
 def test_errors_of_the_outputs_beat_those_of_norms_and_of_weights_at_every_fraction():
@@ -60,12 +62,23 @@ def test_errors_of_the_outputs_beat_those_of_norms_and_of_weights_at_every_fract
         assert scan()["dense"]["perplexity"] < found[0] < found[1] < found[2]
 
 
-def test_pivots_and_a_scan_of_the_layers_help_at_every_fraction():
+def test_pivots_help_at_every_fraction_and_a_scan_of_the_layers_hardly_does_anything():
     plain, two, chosen = (line(**knobs) for knobs in ({}, {"pivot": False}, {"ranks": "sensitive"}))
     for fraction in two:
         assert plain[fraction]["perplexity"] < two[fraction]["perplexity"]
-        assert chosen[fraction]["perplexity"] < plain[fraction]["perplexity"]
-        assert chosen[fraction]["stored_bytes"] <= 1.001 * plain[fraction]["stored_bytes"]
+    assert list(chosen) == [0.2]
+    assert chosen[0.2]["perplexity"] == pytest.approx(plain[0.2]["perplexity"], rel=0.05)
+    assert chosen[0.2]["stored_bytes"] <= 1.001 * plain[0.2]["stored_bytes"]
+
+
+def test_four_bits_after_low_rank_fail_and_with_pivots_worst():
+    first = {"fraction": 0.1, "round_to": 64}
+    pivots, two = (
+        next(p for p in scan()["points"] if [n for n, _ in p["steps"]] == ["svd", "gptq"]
+             and p["steps"][0][1] == knobs)
+        for knobs in (first, first | {"pivot": False})
+    )  # fmt: skip
+    assert pivots["perplexity"] > 10 * two["perplexity"] > 10 * point("gptq", bits=4)["perplexity"]
 
 
 def test_the_more_goes_the_worse():
