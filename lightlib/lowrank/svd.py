@@ -64,7 +64,7 @@ def output_directions(weight: Tensor, gram: Tensor | None = None) -> tuple[Tenso
     """
     W, gram = weight.detach().double(), None if gram is None else gram.double()
     if gram is not None and gram.dim() == 1:
-        gram = gram.diag()
+        W, gram = W * gram.clamp_min(0).sqrt(), None
     if len(W) <= W.shape[1]:
         energy, U = torch.linalg.eigh(W @ W.T if gram is None else W @ gram @ W.T)
         return U.flip(1), energy.flip(0).clamp_min(0)
