@@ -26,6 +26,12 @@ def changing(model: nn.Module, inplace: bool) -> Iterator[nn.Module]:
             yield use_linear_everywhere(copy.deepcopy(model))
 
 
+def remember(model: nn.Module, function: str, settings: dict) -> None:
+    """Note for `save` and `load` which "module:function", with these settings (plain JSON values), gives a
+    plain model the structure that this one has now."""
+    model.structure = [*getattr(model, "structure", []), [function, settings]]
+
+
 def _restoring(model: nn.Module) -> Iterator[nn.Module]:
     before = dict(model.named_modules())
     parameters = {name: dict(part.named_parameters(recurse=False)) for name, part in before.items()}

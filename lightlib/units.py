@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightlib.change import remember
 from lightlib.compact import CompactLinear
 from lightlib.decoder import (
     MLP_SIZES,
@@ -262,7 +263,7 @@ def describe(model: nn.Module) -> None:
     counts = list(unit_counts(model).values())
     sizes = {kind: [block[kind] for block in counts] for kind in KINDS}
     if hasattr(model, "structure") or not describe_in_config(model, sizes):
-        model.structure = [*getattr(model, "structure", []), [RESTRUCTURE, sizes]]
+        remember(model, RESTRUCTURE, sizes)
 
 
 def describe_in_config(model: nn.Module, sizes: dict[str, list[int]]) -> bool:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightlib.adapters.training import train
-from lightlib.change import changing
+from lightlib.change import changing, remember
 from lightlib.compact import CompactLinear, through
 from lightlib.decoder import find_blocks, linears, use_linear_everywhere
 from lightlib.report import Compressed, Report
@@ -175,8 +175,7 @@ def wrap(model: nn.Module, layers: dict[str, tuple[int, float]]) -> None:
     generator = torch.Generator().manual_seed(0)
     for name, (rank, alpha) in layers.items():
         model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha, generator))
-    row = [WRAP, {"layers": {name: list(pair) for name, pair in layers.items()}}]
-    model.structure = [*getattr(model, "structure", []), row]
+    remember(model, WRAP, {"layers": {name: list(pair) for name, pair in layers.items()}})
 
 
 WRAP = "lightlib.adapters.lora:wrap"

@@ -11,7 +11,7 @@ from bisect import bisect_right
 import torch
 from torch import Tensor, nn
 
-from lightlib.change import changing
+from lightlib.change import changing, remember
 from lightlib.decoder import check_linears, roles
 from lightlib.lowrank.embeddings import LowRankEmbedding
 from lightlib.lowrank.fit_table import fit, fit_directly
@@ -82,7 +82,7 @@ def compress_embedding(
         lookup.to(old.weight.dtype).requires_grad_(old.weight.requires_grad)
         install(light, lookup, tied)
         built = {"kind": kind, "settings": settings, "dense_rows": dense_rows, "scale": scale, "tied": tied}
-        light.structure = [*getattr(light, "structure", []), [RESTRUCTURE, built]]
+        remember(light, RESTRUCTURE, built)
         row = report(roles(light).embedding, kind, old.weight, lookup, settings["rank"], tied)
     return Compressed(light, Report((row,)))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightlib.calibration import Gram, stream_blocks
-from lightlib.change import changing
+from lightlib.change import changing, remember
 from lightlib.compact import CompactLinear, weight_of
 from lightlib.decoder import as_linear, linear_shapes
 from lightlib.low_rank import CORRECT, CorrectedLinear, weight_bits
@@ -55,8 +55,7 @@ def correct(
                 rows.append(LayerReport("correct", whole, tuple(W.shape), *bits, error, notes))
         if not ranks:
             raise ValueError("no layer of the model is packed, so none has lost anything; compress it first")
-        row = [CORRECT, {"ranks": ranks, "dtype": str(light.dtype).removeprefix("torch.")}]
-        light.structure = [*getattr(light, "structure", []), row]
+        remember(light, CORRECT, {"ranks": ranks, "dtype": str(light.dtype).removeprefix("torch.")})
     return Compressed(light, Report(tuple(rows)))
 
 

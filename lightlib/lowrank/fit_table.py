@@ -22,10 +22,8 @@ ROWS_AT_ONCE = 4096  # of a table in a step of Adam
 def low_rank_factors(table: Tensor, rank: int, weights: Tensor) -> tuple[Tensor, Tensor]:
     """codes (vocabulary, rank) and basis (rank, width) of the least weighted error.
 
-        The error: sum_i weights_i |row_i - codes_i basis|^2.
-
-    Equal weights give the truncated SVD. Weights choose the basis
-        only: in it, each row's best codes are its own coordinates.
+    The error: sum_i weights_i |row_i - codes_i basis|^2. Equal weights give the truncated SVD. Weights choose
+    the basis only: in it, each row's best codes are its own coordinates.
     """
     T = table.double()
     directions = torch.linalg.eigh((T * weights.double()[:, None]).T @ T).eigenvectors  # rising

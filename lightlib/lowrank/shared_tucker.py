@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lightlib.calibration import Gram, stream_blocks
-from lightlib.change import changing
+from lightlib.change import changing, remember
 from lightlib.decoder import check_linears, find_blocks, linears
 from lightlib.lowrank.multilinear import joined
 from lightlib.lowrank.tucker import Tucker, in_dtype
@@ -152,7 +152,7 @@ def describe(model: nn.Module, shared: dict[str, list[SharedLinear]]) -> None:
         "layers": {name: [f"{block}.{name}" for block in blocks] for name in shared},
         "ranks": {name: list(layers[0].ranks) for name, layers in shared.items()},
     }
-    model.structure = [*getattr(model, "structure", []), [SHARE, settings]]
+    remember(model, SHARE, settings)
 
 
 def notes(layer: SharedLinear, weights_alone: bool) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightlib.calibration import Gram, stream_blocks
-from lightlib.change import changing
+from lightlib.change import changing, remember
 from lightlib.decoder import check_linears
 from lightlib.low_rank import FACTORIZE
 from lightlib.lowrank.linear import low_rank_linear
@@ -155,8 +155,7 @@ def svd(
                     block.replace("svd", name, new, gram, f"rank {r} of {min(shape)}")
             rows += block.rows
         if ranks:
-            row = [FACTORIZE, {"ranks": ranks, "pivoted": pivot}]
-            light.structure = [*getattr(light, "structure", []), row]
+            remember(light, FACTORIZE, {"ranks": ranks, "pivoted": pivot})
     return Compressed(light, Report(tuple(rows)))
 
 

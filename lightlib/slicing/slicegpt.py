@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightlib.calibration import stream_blocks
-from lightlib.change import changing
+from lightlib.change import changing, remember
 from lightlib.decoder import ends_as_wide, roles
 from lightlib.report import Compressed, LayerReport, Report
 from lightlib.slicing.principal import gram_of, kept_width, nearest_basis, principal_directions, shares_of
@@ -95,7 +95,7 @@ def slicegpt(
         else:
             cut.leave_whole()
         settings = {"widths": cut.widths, "shared": rotations == "block", "low_rank": low_rank}
-        light.structure = [*getattr(light, "structure", []), [RESTRUCTURE, settings]]
+        remember(light, RESTRUCTURE, settings)
         report = cut.report(before)
     return Compressed(light, report)
 

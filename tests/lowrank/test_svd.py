@@ -12,7 +12,7 @@ from lightlib import load, save
 from lightlib.adapters.recover import recover
 from lightlib.calibration import stream_blocks
 from lightlib.cost import flops, size
-from lightlib.decoder import find_blocks, linears, roles
+from lightlib.decoder import find_blocks, linears, roles, use_linear_everywhere
 from lightlib.explain import explain
 from lightlib.low_rank import LowRankLinear
 from lightlib.lowrank.budget import sensitive
@@ -21,7 +21,7 @@ from lightlib.lowrank.linear import low_rank_linear
 from lightlib.lowrank.pca import pca
 from lightlib.lowrank.ranks import rank_for, rank_for_energy, stored
 from lightlib.lowrank.svd import low_rank, output_directions, spectra, svd
-from lightlib.quality import divergence
+from lightlib.quality import divergence, perplexity
 from lightlib.quantization.gptq import gptq
 from lightlib.quantization.grid import Int
 from lightlib.quantization.rtn import rtn
@@ -149,8 +149,6 @@ def test_full_rank_changes_no_logits(model, calib):
 
 
 def named(model, block):
-    from lightlib.decoder import use_linear_everywhere
-
     return {f"{block}.{n}": p for n, p in linears(use_linear_everywhere(model).get_submodule(block)).items()}
 
 
@@ -231,7 +229,7 @@ def test_stages_name_what_reads_one_input(llama, calib):
         ("self_attn.q_proj.reduce", "self_attn.k_proj.reduce", "self_attn.v_proj.reduce"),
         ("self_attn.q_proj.expand",), ("self_attn.k_proj.expand",), ("self_attn.v_proj.expand",),
     ]  # fmt: skip
-    assert [name for stage in block.stages for name in stage].sort() == list(block.linears).sort()
+    assert sorted(name for stage in block.stages for name in stage) == sorted(block.linears)
     before = block.run()
     found = block.collect(lambda n, device: Seen())
     assert {name: seen.width for name, seen in found.items()} == {
@@ -275,7 +273,7 @@ class TestWithOtherMethods:
     def test_factors_are_trained_to_recover(self, llama, calib):
         light, _ = svd(llama, calib, fraction=0.5, progress=False)
         better, _ = recover(light, calib, steps=20, lr=1e-2, progress=False)
-        assert loss(better, calib) < loss(light, calib)
+        assert perplexity(better, calib) < perplexity(light, calib)
         again = better.model.layers[0].mlp.up_proj
         assert again.rank == light.model.layers[0].mlp.up_proj.rank
 
@@ -287,12 +285,6 @@ class TestWithOtherMethods:
         assert said.sentence.startswith("Smaller, really: {} MB where whole matrices take {}".format(*mega))
         factor = found["model.layers.0.mlp.up_proj.reduce"]
         assert factor.stored_bytes == 4 * 4 * 32 and factor.speed == "dense"
-
-
-def loss(model, batches):
-    from lightlib.quality import perplexity
-
-    return perplexity(model, batches)
 
 
 class TestCorrection:
