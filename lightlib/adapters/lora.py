@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightlib.adapters.training import train
 from lightlib.change import changing, remember
 from lightlib.compact import CompactLinear, through
 from lightlib.decoder import find_blocks, linears, use_linear_everywhere
 from lightlib.report import Compressed, Report
+from lightlib.training import train
 
 
 class LoRALinear(nn.Module):

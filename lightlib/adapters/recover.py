@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lightlib.adapters.masked_lora import low_rank_updates
-from lightlib.adapters.training import next_token_loss, train
 from lightlib.change import changing
 from lightlib.compact import letting_gradients_through
 from lightlib.decoder import find_blocks
 from lightlib.report import Compressed, Report
+from lightlib.training import next_token_loss, train
 
 
 def recover(
@@ -37,7 +37,7 @@ def recover(
     Sparse layers train the values they store, so their zeros stay; packed codes, the embedding and the head
     stay as they are. rank: learn updates of this rank instead (LoRA), merged within the masks at the end;
     they take less memory to train, and a learning rate about ten times as high. checkpoint: a folder from
-    which the same call goes on where it was broken off (lightlib.adapters.training). watch: called with each
+    which the same call goes on where it was broken off (lightlib.training). watch: called with each
     step and its loss (mean nll, nats). Use it as a step of `compress`; the report has no rows, since no layer
     changes its size. Raises ValueError without batches, for half-precision parameters, whose small updates
     would be lost, and where nothing can be trained.

@@ -11,7 +11,6 @@ from torch.testing import assert_close
 from lightlib import load, save
 from lightlib.adapters.lora import LoRALinear, add_lora, lora, lora_layers, merge_lora, ranks_by_importance
 from lightlib.adapters.peft_files import load_adapter, save_adapter
-from lightlib.adapters.training import next_token_loss
 from lightlib.decoder import cast, find_blocks, linears
 from lightlib.quality import perplexity
 from lightlib.quantization.grid import Int
@@ -19,6 +18,7 @@ from lightlib.quantization.llm_int8 import llm_int8
 from lightlib.quantization.rtn import rtn
 from lightlib.recipe import compress
 from lightlib.sparsity.magnitude import magnitude
+from lightlib.training import next_token_loss
 from tests.conftest import random_model
 
 PACKED = {

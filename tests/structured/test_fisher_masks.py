@@ -9,7 +9,6 @@ import torch
 from torch.testing import assert_close
 
 from lightlib import load, save
-from lightlib.adapters.training import next_token_loss
 from lightlib.cost import size
 from lightlib.decoder import find_blocks, roles, use_linear_everywhere
 from lightlib.structured import fisher_masks as module
@@ -17,6 +16,7 @@ from lightlib.structured.budget import LatencyTable
 from lightlib.structured.fisher_masks import fisher_masks, mask_gradients
 from lightlib.structured.mask_search import line, noise_share, rearranged, search, time_prices
 from lightlib.structured.mask_tuning import adds_to_stream, tune_masks, tuned
+from lightlib.training import next_token_loss
 from lightlib.units import keep_units, members, scale_units, unit_counts
 from tests.conftest import CONFIGS, inputs_of, random_model
 

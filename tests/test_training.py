@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 from lightlib.adapters.recover import recover
-from lightlib.adapters.training import fingerprint, next_token_loss, train
 from lightlib.sparsity.magnitude import magnitude
+from lightlib.training import fingerprint, next_token_loss, train
 from tests.conftest import VOCABULARY, random_model
 
 ROOT = Path(__file__).parents[2]
