@@ -26,6 +26,7 @@ __all__ = [
     "Gram",
     "Samples",
     "SquaredNorm",
+    "reading_attention",
     "starting_at",
     "stream_blocks",
     "time_linears",
@@ -295,6 +296,23 @@ def starting_at(model: nn.Module, block: Block) -> Iterator[None]:
     finally:
         for name in (*before, block.name):
             vars(blocks[name]).pop("forward", None)
+
+
+@contextmanager
+def reading_attention(model: nn.Module, see: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """While it lasts, see(i, x) gets what the attention of block i reads (B, T, d_model), before it runs."""
+    first = roles(model).attention_in[0]
+
+    def observer(i):
+        return lambda _, args: see(i, args[0])
+
+    parts = [block.get_submodule(first) for block in find_blocks(model).values()]
+    hooks = [part.register_forward_pre_hook(observer(i)) for i, part in enumerate(parts)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def time_linears(model: nn.Module, ids: Tensor, steps: int) -> tuple[dict[str, float], float]:
