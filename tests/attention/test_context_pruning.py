@@ -128,10 +128,10 @@ def test_gates_that_pay_for_what_they_keep_keep_less_and_the_model_stays_as_it_i
     text = batches(tokenizer, load_text("plays", "calibration"), n=32, length=64, batch_size=4)
     (test,) = batches(tokenizer, load_text("plays", "test"), n=4, length=64, batch_size=4)
     found = {}
-    for weight in (0.0, 3.0):
+    for weight in (0.0, 5.0):
         seen = []
         gates = train_gates(
-            model, text, sparsity_weight=weight, rank=8, steps=16, lr=5e-3, progress=False,
+            model, text, sparsity_weight=weight, rank=8, steps=20, lr=2e-2, progress=False,
             watch=lambda step, loss, share, seen=seen: seen.append(share),
         )  # fmt: skip
         with prune_context(model, gates) as cache, torch.no_grad():
@@ -141,8 +141,9 @@ def test_gates_that_pay_for_what_they_keep_keep_less_and_the_model_stays_as_it_i
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert not any(p.requires_grad for p in gates.parameters())
     dense = math.log(perplexity(model, [test]))
-    assert dense - 0.02 < found[0.0][0] < found[3.0][0] < dense + 1.5
-    assert found[3.0][1] < 0.7 * found[0.0][1] and found[3.0][2] < found[0.0][2]
+    print(dense, found)
+    assert dense - 0.02 < found[0.0][0] < found[5.0][0] < dense + 1.5
+    assert found[5.0][1] < 0.7 * found[0.0][1] and found[5.0][2] < found[0.0][2]
 
 
 def test_gates_come_back_from_a_file_and_fit_their_model_alone(llama, tmp_path):
