@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lightlib.attention.context_gates import alpha_sigmoid, context_gates, kept_so_far
-from lightlib.attention.eviction import GONE, EvictingLayer, best, evicting_cache
+from lightlib.attention.eviction import GONE, EvictingLayer, evicting_cache
 from lightlib.attention.interface import check_padding, layer_of, mixed, using
 from lightlib.attention.seen import per_query_head, sees
 from lightlib.calibration import reading_attention
@@ -148,6 +148,5 @@ class Hard(Soft):
 def drop(layer: EvictingLayer, alive: Tensor) -> None:
     """Let go of what is not alive (B, S); a row in which less is alive than in others has empty slots."""
     n = int(alive.sum(-1).max())
-    index = best(alive.float(), n)[:, None].expand(-1, layer.keys.shape[1], -1)
-    layer.positions = layer.positions.masked_fill(~alive[:, None], GONE)
-    layer.retain(index)
+    layer.positions.masked_fill_(~alive[:, None], GONE)
+    layer.retain(alive[:, None].float().expand_as(layer.positions), n)

@@ -24,17 +24,20 @@ def best(scores: Tensor, n: int) -> Tensor:
 
 def take(held: Tensor, index: Tensor) -> Tensor:
     """held (B, K, S, ...) at the places index (B, K, n) -> (B, K, n, ...)."""
-    index = index[:, : held.shape[1]]  # what all heads share is held once
-    return held.gather(
-        2, index.view(*index.shape, *[1] * (held.dim() - 3)).expand(*index.shape, *held.shape[3:])
-    )
+    return held.gather(2, along(held, index))
+
+
+def along(held: Tensor, index: Tensor) -> Tensor:
+    """index (B, K, n) as (B, K, n, ...), as wide as held (B, K, S, ...); as one head where they share it."""
+    index, inside = index[:, : held.shape[1]], held.shape[3:]
+    return index.view(*index.shape, *[1] * len(inside)).expand(*index.shape, *inside)
 
 
 class EvictingLayer(CacheLayerMixin):
     """The keys and values (B, K, S, D) of a block's tokens that are left, and their `positions` (B, K, S).
 
     seen: how many tokens have come by. beside: what a policy notes for each token, (B, K or 1, S, ...).
-    recent: what it notes of the latest queries, (B, ...).
+    recent: what it notes of the latest queries, (B, ...). After single evictions the tokens lie in no order.
     """
 
     is_sliding = False
@@ -45,6 +48,7 @@ class EvictingLayer(CacheLayerMixin):
         self.positions: Tensor | None = None
         self.beside: dict[str, Tensor] = {}
         self.recent: dict[str, Tensor] = {}
+        self.slots: dict[str, Tensor] = {}  # what is held, with one slot more at the end that is free
 
     def lazy_initialization(self, keys: Tensor, values: Tensor) -> None:
         self.dtype, self.device = keys.dtype, keys.device
@@ -52,29 +56,50 @@ class EvictingLayer(CacheLayerMixin):
         self.positions = torch.zeros(*self.keys.shape[:3], dtype=torch.long, device=self.device)
         self.is_initialized = True
 
+    @property
+    def held(self) -> dict[str, Tensor]:
+        """All that is held of each token, by name: (B, K or 1, S, ...)."""
+        return {"keys": self.keys, "values": self.values, "positions": self.positions, **self.beside}
+
+    @held.setter
+    def held(self, tensors: dict[str, Tensor]) -> None:
+        self.keys, self.values, self.positions, *rest = tensors.values()
+        self.beside = dict(zip(self.beside, rest, strict=True))
+
     def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
         """Add the keys and values (B, K, T, D) of the next T tokens; give those of all that are held."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         T = keys.shape[2]
         at = torch.arange(self.seen, self.seen + T, device=self.device).expand(*keys.shape[:2], T)
-        self.keys = torch.cat([self.keys, keys], 2)
-        self.values = torch.cat([self.values, values], 2)
-        self.positions = torch.cat([self.positions, at], 2)
-        self.beside = {
-            name: torch.cat([held, held.new_zeros(*held.shape[:2], T, *held.shape[3:])], 2)
-            for name, held in self.beside.items()
-        }
+        new = {"keys": keys, "values": values, "positions": at}
+        if T == 1 and self.slots.keys() == self.held.keys():
+            for name, slots in self.slots.items():
+                slots[:, :, -1:] = new.get(name, 0)
+            self.held = self.slots
+        else:
+            for name, held in self.beside.items():
+                new[name] = held.new_zeros(*held.shape[:2], T, *held.shape[3:])
+            self.held = {name: torch.cat([held, new[name]], 2) for name, held in self.held.items()}
+        self.slots = {}
         self.seen += T
         return self.keys, self.values
 
-    def retain(self, index: Tensor) -> None:
-        """Evict all but the tokens at the places index (B, K, n) of each head."""
-        if index.shape[2] == self.keys.shape[2]:
-            return
-        self.keys, self.values = take(self.keys, index), take(self.values, index)
-        self.positions = take(self.positions, index)
-        self.beside = {name: take(held, index) for name, held in self.beside.items()}
+    def retain(self, scores: Tensor, n: int) -> None:
+        """Evict all but the `n` tokens of each head with the highest scores (B, K, S)."""
+        S = self.keys.shape[2]
+        if n == S - 1:
+            self._overwrite(scores.argmin(-1, keepdim=True))
+        elif n < S:
+            index = best(scores, n)
+            self.held = {name: take(held, index) for name, held in self.held.items()}
+
+    def _overwrite(self, place: Tensor) -> None:
+        """Put the last token into the slot of the one at `place` (B, K, 1): nothing else is moved."""
+        for held in self.held.values():
+            held.scatter_(2, along(held, place), held[:, :, -1:].clone())
+        self.slots = self.held
+        self.held = {name: slots[:, :, :-1] for name, slots in self.slots.items()}
 
     def get_seq_length(self) -> int:
         """The tokens seen, which is where the next one stands."""
@@ -109,10 +134,9 @@ class EvictingLayer(CacheLayerMixin):
     def _for_each(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change every tensor along the batch."""
         if self.is_initialized:
-            self.keys, self.values = change(self.keys), change(self.values)
-            self.positions = change(self.positions)
-            self.beside = {name: change(held) for name, held in self.beside.items()}
+            self.held = {name: change(held) for name, held in self.held.items()}
             self.recent = {name: change(held) for name, held in self.recent.items()}
+            self.slots = {}
 
 
 def evicting_cache(model: nn.Module) -> Cache:

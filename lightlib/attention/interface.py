@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from lightlib.attention.eviction import EvictingLayer, best, budget, check_budget, evicting_cache
+from lightlib.attention.eviction import EvictingLayer, budget, check_budget, evicting_cache
 from lightlib.attention.seen import Seen, attention_weights, per_query_head, sees
 from lightlib.decoder import find_blocks
 
@@ -135,7 +135,7 @@ class Evicting:
             if sliding_window is not None:
                 left = layer.positions <= layer.seen - sliding_window
                 scores = scores.masked_fill(left, -torch.inf)
-            layer.retain(best(scores, keep))
+            layer.retain(scores, keep)
         return out, None
 
 

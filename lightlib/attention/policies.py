@@ -69,8 +69,9 @@ class SnapKV:
         newest = seen.layer.seen - queries.shape[2]
         at = torch.arange(newest, seen.layer.seen, device=queries.device)
         weights = shared(seen.weights_of(queries, at).mean(2), seen.keys.shape[1])  # (B, K, S)
-        pooled = F.avg_pool1d(weights, self.kernel, stride=1, padding=self.kernel // 2)
-        return protect(pooled, seen.positions >= newest)
+        order = seen.positions.argsort(-1)  # neighbours in the text, not in memory
+        pooled = F.avg_pool1d(weights.gather(-1, order), self.kernel, stride=1, padding=self.kernel // 2)
+        return protect(torch.empty_like(pooled).scatter_(-1, order, pooled), seen.positions >= newest)
 
 
 @dataclass(frozen=True)
