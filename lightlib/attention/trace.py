@@ -25,7 +25,7 @@ class Traced:
 
 @torch.no_grad()
 def trace(model: nn.Module, ids: Tensor, open_cache: OpenCache, new: int) -> Traced:
-    """Greedy generation of `new` tokens after ids (1, prompt), with what an evicting cache holds at each step.
+    """Greedy generation of `new` tokens after ids (1, prompt), and what an evicting cache holds at each step.
 
     Raises ValueError for more than one row, and for a cache that does not say which tokens it holds.
     """

@@ -1,10 +1,12 @@
 """The exercises of all lessons, by name: "NN.what"."""
 
 from lightlib.exercise_data import (
+    kv_compression,
     low_rank,
     numbers,
     outliers,
     pruning,
+    shared_attention,
     slicegpt,
     sparse_kernels,
     start_here,
@@ -25,4 +27,6 @@ EXERCISES: dict[str, Exercise] = (
     | slicegpt.EXERCISES
     | low_rank.EXERCISES
     | tensor_networks.EXERCISES
+    | shared_attention.EXERCISES
+    | kv_compression.EXERCISES
 )
