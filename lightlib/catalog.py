@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lightlib.attention.gqa import share_heads
 from lightlib.lowrank.compress_embedding import compress_embedding
 from lightlib.lowrank.shared_tucker import tucker_across_layers
 from lightlib.lowrank.svd import svd
@@ -32,7 +33,8 @@ from lightlib.structured.llm_pruner import llm_pruner
 class Method:
     """`knobs`: for each keyword, values that work on a layer whose inputs are a multiple of 16.
 
-    reshapes: what is left are dense weights of other shapes, so no layer is packed.
+    reshapes: what is left are dense weights of other shapes, so no layer is packed. refuses: model types that
+    it refuses by name, since it cannot be applied to them.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Method:
     needs_data: bool
     knobs: dict[str, tuple]
     reshapes: bool = False
+    refuses: tuple[str, ...] = ()
 
 
 METHODS = (
@@ -297,5 +300,15 @@ METHODS = (
         needs_data=True,
         knobs={"count": (1,), "choose": ("single",), "tokens": ("last",)},
         reshapes=True,
+    ),
+    Method(
+        "share_heads",
+        share_heads,
+        "Ainslie et al. 2023, arXiv:2305.13245",
+        "key and value heads, one for a group of query heads, and with them the cache",
+        needs_data=False,
+        knobs={"kv_heads": (1, 2), "how": ("mean", "aligned")},
+        reshapes=True,
+        refuses=("opt", "gpt2", "gpt_neox"),
     ),
 )

@@ -211,11 +211,36 @@ def set_head_counts(model: nn.Module, block: nn.Module, heads: int) -> None:
         attention.num_heads = queries
     if hasattr(attention, "num_key_value_heads"):
         attention.num_key_value_heads = heads
+    if hasattr(attention, "num_key_value_groups"):
+        attention.num_key_value_groups = queries // heads
     if hasattr(attention, "split_size"):
         attention.split_size = queries * size
-    if model.config.model_type == "phi3":  # it asks the config, which all blocks share
+    # Phi-3 asks the config, which all blocks share
+    if model.config.model_type == "phi3" and attention.config.num_attention_heads != queries:
         attention.config = copy.copy(attention.config)
         attention.config.head_dim, attention.config.num_attention_heads = size, queries
+
+
+def check_sharing(model: nn.Module) -> None:
+    """Raise ValueError where the family's attention has no way to let query heads share keys and values."""
+    names = roles(model)
+    attention = next(iter(find_blocks(model).values())).get_submodule(names.attention_out.rpartition(".")[0])
+    if not hasattr(attention, "num_key_value_groups"):
+        raise ValueError(
+            f"{model.config.model_type!r}: its attention in transformers has one key and one value head for "
+            "each query head, so none can be shared; take heads out instead (llm_pruner, fisher_masks)"
+        )
+
+
+def turning_channels(model: nn.Module, block: nn.Module) -> int | None:
+    """How many channels of a head, from its first, RoPE turns: channel i together with i + half of them.
+
+    None where a norm stands between the projection and the turn, as in Qwen3 and Gemma-3.
+    """
+    attention = block.get_submodule(roles(model).attention_out.rpartition(".")[0])
+    if any(hasattr(attention, name) for name in ("k_norm", "k_layernorm")):
+        return None
+    return 2 * len(model.base_model.rotary_emb.inv_freq)
 
 
 def ends_as_wide(model: nn.Module) -> bool:

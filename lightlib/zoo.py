@@ -18,27 +18,30 @@ from lightlib.texts import load_text
 __all__ = ["batches", "fast_dtype", "load_model", "load_text"]
 
 DEFAULT = "smollm2-135m"
+OURS = ("tiny", "mha")  # the models that come with lightlib
 
 
 def load_model(
     name: str = DEFAULT, *, dtype: torch.dtype | None = None, device: str | None = None, progress=True
 ):
-    """(model, tokenizer) of "smollm2-135m", "tiny", a local path or a hub id, in evaluation mode.
+    """(model, tokenizer) of "smollm2-135m", "tiny", "mha", a local path or a hub id, in evaluation mode.
 
-    dtype: float32 for the two named models, the checkpoint's own otherwise; `fast_dtype(device)` is quicker.
+    "tiny" and "mha" learnt `plays`; the first has grouped heads, the second a key and a value head for each
+    query head.
+    dtype: float32 for the named models, the checkpoint's own otherwise; `fast_dtype(device)` is quicker.
     device: "cpu" unless said otherwise. Raises ValueError for a name, folder or architecture that does not
     fit.
     """
     device = check_device(device or "cpu")
-    if name == "tiny":
-        return load_folder(data_file("tiny"), dtype or torch.float32, device)
+    if name in OURS:
+        return load_folder(data_file(name), dtype or torch.float32, device)
     if name == DEFAULT:
         return load_folder(_dequantised(sources()[DEFAULT], progress), dtype or torch.float32, device)
     if Path(name).expanduser().is_dir():
         return load_folder(Path(name).expanduser(), dtype or "auto", device)
     if "/" not in name or name.startswith((".", "/", "~")):
         raise ValueError(
-            f"no model {name!r}: choose 'smollm2-135m', 'tiny', a hub id (owner/name) or a folder"
+            f"no model {name!r}: choose 'smollm2-135m', 'tiny', 'mha', a hub id (owner/name) or a folder"
         )
     return load_folder(name, dtype or "auto", device)
 

@@ -8,6 +8,7 @@ import torch
 
 from lightlib import load, save, units
 from lightlib.adapters.lora import add_lora
+from lightlib.attention import gqa
 from lightlib.calibration import AbsMax, Gram, Samples, SquaredNorm, starting_at, stream_blocks
 from lightlib.catalog import METHODS
 from lightlib.compact import CompactLinear, compact_layers
@@ -29,6 +30,15 @@ SETTINGS = [
 def run(method, model, calib, **settings):
     fits = {"grid": method.knobs["grid"][0]} if "grid" in method.knobs else {}
     return method.function(model, calib, progress=False, **(fits | settings))
+
+
+def refused(method, model, calib, **settings) -> bool:
+    """Whether the method cannot be applied to this family, and says so by name."""
+    family = model.config.model_type
+    if family in method.refuses:
+        with pytest.raises(ValueError, match=f"^{family!r}: .*; take"):
+            run(method, model, calib, **settings)
+    return family in method.refuses
 
 
 def test_unchanged_stream_equals_the_dense_forward_exactly(model, calib):
@@ -129,6 +139,8 @@ class TestEveryMethod:
     def test_leaves_the_source_untouched_and_repeats_itself(self, method, model, calib):
         before = copy.deepcopy(model.state_dict())
         settings = {knob: values[0] for knob, values in method.knobs.items()}
+        if refused(method, model, calib, **settings):
+            return
         first, second = (run(method, model, calib, **settings).model for _ in range(2))
         assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
         with torch.no_grad():
@@ -151,6 +163,8 @@ class TestEveryMethod:
         with torch.no_grad():
             logits = model(calib[0]).logits
         settings = {knob: values[0] for knob, values in method.knobs.items()}
+        if refused(method, model, calib, **settings):
+            return
         interrupt_in_block(monkeypatch, 1)
         for inplace in (False, True):
             with pytest.raises(KeyboardInterrupt):
@@ -173,6 +187,8 @@ class TestEveryMethod:
 def test_report_rows_are_the_modules_changed_and_size_is_the_sum_of_stored_bits(
     method, setting, model, calib, tmp_path
 ):
+    if refused(method, model, calib, **setting):
+        return
     light, report = run(method, model, calib, **setting)
     if method.reshapes:
         return reshaped_rows_are_the_modules_changed(model, light, report, calib, tmp_path)
@@ -220,6 +236,8 @@ def reshaped_rows_are_the_modules_changed(model, light, report, calib, folder):
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def test_works_and_round_trips_in_bfloat16(method, model, calib, tmp_path):
     settings = {knob: values[0] for knob, values in method.knobs.items()}
+    if refused(method, model, calib, **settings):
+        return
     light, _ = run(method, cast(model, torch.bfloat16), calib, **settings)
     again = load(save(light, tmp_path / "light"))
     assert again.dtype == torch.bfloat16
@@ -234,6 +252,8 @@ def test_works_and_round_trips_in_bfloat16(method, model, calib, tmp_path):
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def test_on_a_gpu_it_gives_what_it_gives_on_a_cpu(method, model, calib):
     settings = {knob: values[0] for knob, values in method.knobs.items()}
+    if refused(method, model, calib, **settings):
+        return
     here, _ = run(method, model, calib, **settings)
     there, _ = run(method, model.cuda(), [ids.cuda() for ids in calib], **settings)
     assert all(part.weight.is_cuda for part in linears(there).values() if not isinstance(part, CompactLinear))
@@ -249,6 +269,7 @@ def interrupt_in_block(monkeypatch, index):
     from lightlib.slicing.slicegpt import Cut
 
     replace, count, cut, cut_units = Block.replace, [], Cut.__call__, units.cut_units
+    put = gqa.put
 
     def interrupted(self, *args, **named):
         count.append(self.name)
@@ -261,6 +282,11 @@ def interrupt_in_block(monkeypatch, index):
             raise KeyboardInterrupt
         return cut(self, *args)
 
+    def interrupted_put(block, *args):
+        if block.name.endswith(f".{index}"):
+            raise KeyboardInterrupt
+        return put(block, *args)
+
     def interrupted_units(model, kept):
         for row in cut_units(model, kept):
             if f".{index}." in row[0]:
@@ -271,6 +297,7 @@ def interrupt_in_block(monkeypatch, index):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compress_embedding, "install", interrupted_stack)
+    monkeypatch.setattr(gqa, "put", interrupted_put)
     monkeypatch.setattr(units, "cut_units", interrupted_units)
     monkeypatch.setattr(depth, "left_over", interrupted_stack)
     monkeypatch.setattr(Block, "replace", interrupted)

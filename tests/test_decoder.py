@@ -6,10 +6,12 @@ from torch import nn
 
 from lightlib.decoder import (
     cast,
+    check_sharing,
     find_blocks,
     linears,
     parameters_by_part,
     roles,
+    turning_channels,
     untie_head,
     use_linear_everywhere,
 )
@@ -25,6 +27,18 @@ def test_every_role_names_a_part_and_every_linear_has_a_role(model):
         assert set(linears(block)) == {*names.attention, *names.mlp}
         for norm in (names.attention_norm, names.mlp_norm):
             assert "norm" in type(block.get_submodule(norm)).__name__.lower()
+
+
+def test_rope_turns_whole_heads_or_half_of_them_and_a_norm_stands_in_its_way(model):
+    wanted = {"phi": 4, "qwen3": None, "gemma3_text": None}
+    family = model.config.model_type
+    if family in ("opt", "gpt2", "gpt_neox"):
+        with pytest.raises(ValueError, match=f"'{family}': its attention .* one key and one value head"):
+            check_sharing(model)
+        return
+    check_sharing(model)
+    for block in find_blocks(model).values():
+        assert turning_channels(model, block) == wanted.get(family, 8)
 
 
 def test_linear_everywhere_changes_no_output(calib):

@@ -46,7 +46,7 @@ def test_batches_that_cannot_be_cut_are_refused(tiny, text, knobs, words):
 
 @pytest.mark.parametrize("name", ["gpt-nonsense", "./nowhere", "~/nowhere"])
 def test_an_unknown_model_is_answered_with_the_known_ones(name):
-    with pytest.raises(ValueError, match=r"choose 'smollm2-135m', 'tiny', a hub id"):
+    with pytest.raises(ValueError, match=r"choose 'smollm2-135m', 'tiny', 'mha', a hub id"):
         load_model(name)
 
 
@@ -104,6 +104,19 @@ def test_tiny_loads_in_two_seconds_and_beats_the_3_gram_model_of_its_card():
     found = perplexity(model, windows)
     assert found == pytest.approx(card["perplexity"], rel=1e-3)
     assert found < 0.75 * card["trigram_perplexity"]
+
+
+def test_mha_has_a_key_head_for_each_query_head_and_the_perplexity_of_its_card():
+    model, tokenizer = load_model("mha")
+    config, card = model.config, json.loads(data_file("mha/card.json").read_text())
+    assert config.num_attention_heads == config.num_key_value_heads == 8
+    assert model.dtype == torch.float32 and not model.training
+    assert model.num_parameters() == card["parameters"]
+    assert sum(f.stat().st_size for f in data_file("mha").iterdir()) <= 4_500_000
+    windows = batches(tokenizer, load_text("plays", "test"), n=None, length=256, batch_size=32)
+    found = perplexity(model, windows)
+    assert found == pytest.approx(card["perplexity"], rel=1e-3)
+    assert found < card["trigram_perplexity"]
 
 
 def test_the_texts_are_what_they_were():
