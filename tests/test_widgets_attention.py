@@ -25,22 +25,12 @@ from lightlib.widgets.cache_budget import (
     seconds,
 )  # fmt: skip
 from lightlib.widgets.cache_budget import SHAPES as BUDGETED
-from lightlib.widgets.cache_strip import (
-    COLUMNS,
-    HIGH,
-    WIDE,
-    Page,
-    Trace,
-    cache_strip,
-    held_after,
-    letters_of,
-    places,
-    readable,
-)  # fmt: skip
+from lightlib.widgets.cache_strip import Trace, cache_strip, held_after
 from lightlib.widgets.decode_intensity import ATTENTION, LINEAR, STEP, decode_intensity, step_parts
 from lightlib.widgets.head_sharing import OWN, ROWS, SHAPES, head_sharing, named, reads, some
 from lightlib.widgets.model_calculator import divisors
 from lightlib.widgets.needle_map import HIT, NLL, enough, needle_map, summary
+from lightlib.widgets.text_screen import COLUMNS, HIGH, WIDE, Page, letters_of, places, readable
 from tests.explorers import is_the_same_twice, redraws_within_200_ms
 
 TOKENS = 130

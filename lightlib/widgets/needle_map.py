@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightlib.report import tidy
-from lightlib.widgets.cache_strip import HIGH, letters_of
 from lightlib.widgets.curves import MARKS
 from lightlib.widgets.explorer import Explorer
 from lightlib.widgets.style import BLUE, GREEN, HEAT, ORANGE, PALE, PURPLE, SKY, VERMILION, panels
+from lightlib.widgets.text_screen import HIGH, letters_of
 
 HIT, NLL = "hit rate", "nll"
 LINES = (VERMILION, BLUE, GREEN, ORANGE, PURPLE, SKY)
