@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from lightlib.texts import load_text
 
 FOLDER = Path(__file__).parent / "mha"
-SHAPE = dict(
+CONFIG = make_tiny.CONFIG | dict(
     hidden_size=128,
     intermediate_size=352,
     num_hidden_layers=4,
@@ -61,18 +61,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER)
     flags = parser.parse_args()
 
-    # `train` and `describe` read these two from their own module
-    make_tiny.CONFIG.update(SHAPE)
-    make_tiny.CARD = CARD
     tokenizer = PreTrainedTokenizerFast.from_pretrained(make_tiny.FOLDER)
     ids = torch.tensor(tokenizer(load_text("plays", "calibration")).input_ids)
     begin = time.time()
-    model = make_tiny.train(ids, flags.steps, flags.batch, flags.lr, flags.seed, flags.device)
+    model = make_tiny.train(ids, flags.steps, flags.batch, flags.lr, flags.seed, flags.device, CONFIG)
     model.save_pretrained(flags.folder)
     for file in make_tiny.FOLDER.glob("tokenizer*.json"):
         (flags.folder / file.name).write_bytes(file.read_bytes())
     made = {key: getattr(flags, key) for key in make_tiny.MADE if key != "minutes"}
-    make_tiny.describe(flags.folder, {**made, "minutes": round((time.time() - begin) / 60, 1)})
+    make_tiny.describe(flags.folder, {**made, "minutes": round((time.time() - begin) / 60, 1)}, CARD)
 
 
 if __name__ == "__main__":

@@ -52,10 +52,12 @@ def make_tokenizer(text: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end, pad_token=end)
 
 
-def train(ids: torch.Tensor, steps: int, batch: int, peak: float, seed: int, device: str) -> LlamaForCausalLM:
+def train(
+    ids: torch.Tensor, steps: int, batch: int, peak: float, seed: int, device: str, config: dict = CONFIG
+) -> LlamaForCausalLM:
     """AdamW, warm-up and cosine decay over random windows of `ids`, in float32."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**CONFIG)).to(device)
+    model = LlamaForCausalLM(LlamaConfig(**config)).to(device)
     forward = torch.compile(model)
     decay = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() == 1]
@@ -165,7 +167,7 @@ Sampled at temperature 0.7, top 40, seed 1, from the first line on:
 """
 
 
-def describe(folder: Path, made: dict) -> None:
+def describe(folder: Path, made: dict, page: str = CARD) -> None:
     """Measure the model that lies in `folder` and write its card: card.json, and README.md for readers."""
     model, tokenizer = (c.from_pretrained(folder) for c in (AutoModelForCausalLM, PreTrainedTokenizerFast))
     model.eval()
@@ -183,7 +185,7 @@ def describe(folder: Path, made: dict) -> None:
     }
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     (folder / "README.md").write_text(
-        CARD.format(**card, plays=", ".join(p.replace("_", " ") for p in HELD_OUT))
+        page.format(**card, plays=", ".join(p.replace("_", " ") for p in HELD_OUT))
     )
     print((folder / "README.md").read_text(), sum(f.stat().st_size for f in folder.iterdir()), "bytes in all")
 
