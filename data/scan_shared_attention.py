@@ -9,13 +9,12 @@ the best for "mean" with 2 heads after a quarter of the steps, on windows of the
 sees. A scan that was stopped goes on where it ended. Lesson 14 draws it.
 """
 
-import argparse
-import json
 import math
 import time
 from pathlib import Path
 
 import torch
+from scanning import arguments, go_on, made_by, write
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -114,8 +113,7 @@ def begun(model: nn.Module, texts: Texts) -> dict:
     """The head of the file: what needs no training, and the rate."""
     rates = tried(model, texts)
     return {
-        "command": "OMP_NUM_THREADS=1 python data/scan_shared_attention.py", "settings": SETTINGS,
-        "torch": torch.__version__.partition("+")[0], "threads": torch.get_num_threads(),
+        **made_by("OMP_NUM_THREADS=1 python data/scan_shared_attention.py", SETTINGS),
         "tokens_a_step": SETTINGS["batch"] * SETTINGS["length"], "dense": nll(model, texts.test),
         "rates": rates, "rate": float(min(rates, key=rates.get)),
         "at_once": [at_once(model, texts, how, g) for how in HOWS for g in (CONTROL[1], *KV_HEADS)],
@@ -124,27 +122,14 @@ def begun(model: nn.Module, texts: Texts) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--file", type=Path, default=Path(__file__).with_name("shared_attention.json"))
-    parser.add_argument("--most", type=int, help="stop after so many new runs")
-    flags = parser.parse_args()
+    flags = arguments(__doc__, Path(__file__).with_name("shared_attention.json"))
     model, tokenizer = load_model(SETTINGS["model"])
     texts = Texts(tokenizer)
-    if flags.file.is_file():
-        found = json.loads(flags.file.read_text())
-        if found["settings"] != SETTINGS:
-            raise SystemExit(f"{flags.file} was made with other settings; move it away to begin anew")
-    else:
-        found = begun(model, texts)
+    found = go_on(flags.file, SETTINGS, lambda: begun(model, texts))
     done = [{key: run[key] for key in plan()[0]} for run in found["runs"]]
     for run in [run for run in plan() if run not in done][: flags.most]:
         found["runs"].append(measure(model, texts, run, found["rate"]))
-        parts = {key: found[key] for key in ("at_once", "runs")}
-        lists = [f' "{key}": [\n  ' + ",\n  ".join(map(json.dumps, rows)) for key, rows in parts.items()]
-        head = json.dumps({key: part for key, part in found.items() if key not in parts}, indent=1)[:-2]
-        flags.file.write_text(head + ",\n" + "\n ],\n".join(lists) + "\n ]\n}\n")
+        write(flags.file, found, "at_once", "runs")
         print(found["runs"][-1], flush=True)
 
 

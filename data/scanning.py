@@ -28,31 +28,51 @@ def scan(about: str, script: Path, points: list[dict], measure: Callable[..., di
 
     `scan_x.py` writes `x.json`. A scan that was stopped goes on where it ended.
     """
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    file = script.with_name(script.stem.removeprefix("scan_") + ".json")
-    parser.add_argument("--file", type=Path, default=file)
-    parser.add_argument("--most", type=int, help="stop after so many new points")
-    flags = parser.parse_args()
-
+    flags = arguments(about, script.with_name(script.stem.removeprefix("scan_") + ".json"))
     model, tokenizer = load_model(SETTINGS["model"])
     calibration, tests = (windows(tokenizer, **SETTINGS[part]) for part in ("calibration", "test"))
-    if flags.file.is_file():
-        found = json.loads(flags.file.read_text())
-        if found["settings"] != SETTINGS:
-            raise SystemExit(f"{flags.file} was made with other settings; move it away to begin anew")
-    else:
-        found = {
-            "command": f"python data/{script.name}",
-            "settings": SETTINGS,
-            "torch": torch.__version__.partition("+")[0],
-            "threads": torch.get_num_threads(),
-            "dense": {"perplexity": perplexity(model, tests), "stored_bytes": size(model).stored_bytes},
-            "points": [],
-        }
+
+    def begin() -> dict:
+        dense = {"perplexity": perplexity(model, tests), "stored_bytes": size(model).stored_bytes}
+        return {**made_by(f"python data/{script.name}", SETTINGS), "dense": dense, "points": []}
+
+    found = go_on(flags.file, SETTINGS, begin)
     done = [{key: point.get(key) for key in points[0]} for point in found["points"]]
     for one in [point for point in points if point not in done][: flags.most]:
         found["points"].append(measure(model, calibration, tests, one))
-        lines = ",\n".join(f"  {json.dumps(point)}" for point in found["points"])
-        head = json.dumps({key: part for key, part in found.items() if key != "points"}, indent=1)[:-2]
-        flags.file.write_text(f'{head},\n "points": [\n{lines}\n ]\n}}\n')
+        write(flags.file, found, "points")
         print(found["points"][-1], flush=True)
+
+
+# a file of results that is written after each of them
+def arguments(about: str, file: Path) -> argparse.Namespace:
+    """--file: where results go, `file` unless given; --most: stop after so many new ones."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--file", type=Path, default=file)
+    parser.add_argument("--most", type=int, help="stop after so many new results")
+    return parser.parse_args()
+
+
+def made_by(command: str, settings: dict) -> dict:
+    """The head of a file: what made it."""
+    torch_version = torch.__version__.partition("+")[0]
+    return {
+        "command": command, "settings": settings, "torch": torch_version, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def go_on(file: Path, settings: dict, begin: Callable[[], dict]) -> dict:
+    """What the file holds, or what `begin` makes where there is none."""
+    if not file.is_file():
+        return begin()
+    found = json.loads(file.read_text())
+    if found["settings"] != settings:
+        raise SystemExit(f"{file} was made with other settings; move it away to begin anew")
+    return found
+
+
+def write(file: Path, found: dict, *lists: str) -> None:
+    """`found` as JSON, with a line for each row of its `lists`, which come last."""
+    head = json.dumps({key: part for key, part in found.items() if key not in lists}, indent=1)[:-2]
+    rows = [f' "{key}": [\n  ' + ",\n  ".join(map(json.dumps, found[key])) for key in lists]
+    file.write_text(head + ",\n" + "\n ],\n".join(rows) + "\n ]\n}\n")
