@@ -58,7 +58,8 @@ class H2O:
 class SnapKV:
     """What the last `window` queries look at, and its neighbours.  Li et al. 2024, arXiv:2404.14469
 
-    kernel: how many keys side by side share their weights, so that what surrounds a hit stays with it.
+    kernel: how many keys side by side share their weights, so that what surrounds a hit stays with it. The
+    cache holds those queries too, which is as much as window x heads / (2 x kv heads) tokens.
     """
 
     window: int = 64

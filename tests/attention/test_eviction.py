@@ -269,3 +269,17 @@ def test_reset_empties_the_cache(llama):
         cache.reset()
         assert cache.get_seq_length() == 0
         assert torch.equal(in_calls(llama, cache), first)
+
+
+def test_a_conversation_goes_on_in_the_same_cache_and_prompts_may_come_in_chunks(llama):
+    settings = dict(max_new_tokens=5, do_sample=False, eos_token_id=None)
+    first, more = IDS[:1, :20], IDS[:1, 20:]
+    for keep in (64, 8):
+        with attend(llama, score=H2O(), keep=keep) as cache:
+            said = llama.generate(first, past_key_values=cache, prefill_chunk_size=6, **settings)
+            turn = torch.cat([said, more], 1)
+            answer = llama.generate(turn, past_key_values=cache, **settings)
+        assert cache.get_seq_length() == answer.shape[1] - 1
+        assert cache.layers[0].keys.shape[2] == min(keep, answer.shape[1] - 1)
+        if keep == 64:
+            assert torch.equal(answer, llama.generate(turn, **settings))
