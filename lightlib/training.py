@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from tqdm.auto import tqdm
 
 from lightlib.compact import CompactLinear
 from lightlib.quality import device_of
+
+PRECISIONS = {None: None, "bf16": torch.bfloat16}
 
 
 def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
@@ -38,6 +40,9 @@ def train(
     watch: Callable[[int, float], None] = lambda step, loss: None,
     checkpoint: str | Path | None = None,
     every: int = 50,
+    accumulate: int = 1,
+    precision: str | None = None,
+    shared: dict[str, int | float | str] | None = None,
     progress: bool = True,
 ) -> None:
     """Let `weights`, and nothing else, learn in place: AdamW without decay, `lr` down a cosine to 0.
@@ -45,10 +50,14 @@ def train(
     Step s takes batch s, round and round; gradients are clipped to norm 1 and dropout is off, so that the
     same call gives the same weights. watch: called with each step and its loss.
 
+    accumulate: so many batches a step, one after the other, step s the batches from s * accumulate on; the
+    gradient is the mean of theirs, so that two halves of a batch are that batch. precision: "bf16" runs the
+    forward in bfloat16 (autocast), while weights, gradients and optimizer stay as they are.
+
     checkpoint: a folder that is told after `every` steps, at the end and on KeyboardInterrupt how far this
     has come. The same call then goes on from there, to weights bit-equal on a CPU to those of an unbroken
     run; after the end it puts them in place at once. Raises ValueError for a folder of other settings,
-    batches or frozen weights.
+    batches or frozen weights. shared: what else such calls must have in common, as the loss's settings.
 
     Under `accelerate launch` or torchrun, step s takes a batch for each of the n processes, batch s n + i for
     process i, and the mean of their gradients; `watch` sees the mean loss. Each process comes with its own
@@ -58,12 +67,17 @@ def train(
         raise ValueError("no batches to train on")
     if steps < 0 or every < 1:
         raise ValueError(f"steps={steps}, every={every}: steps cannot be negative, every must be at least 1")
+    if accumulate < 1 or precision not in PRECISIONS:
+        raise ValueError(
+            f'accumulate={accumulate}, precision={precision!r}: give 1 or more, and None or "bf16"'
+        )
     team = join(model, weights)
     n, i = team.num_processes, team.process_index
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
     kept = None
     if checkpoint is not None:
-        settings = {"steps": steps, "lr": float(lr), "processes": n}
+        settings = {"steps": steps, "lr": float(lr), "processes": n, "accumulate": accumulate}
+        settings |= {"precision": str(precision)} | (shared or {})
         kept = Checkpoint.of(checkpoint, settings, model, weights, batches)
     reached = kept.read(weights, optimizer, i) if kept else 0
     with (
@@ -75,9 +89,9 @@ def train(
             for step in range(reached, steps):
                 for group in optimizer.param_groups:
                     group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-                value = loss(model, batches[(step * n + i) % len(batches)])
                 optimizer.zero_grad()
-                value.backward()
+                turns = range(step * accumulate * n + i, (step + 1) * accumulate * n, n)
+                value = slopes(model, weights, [batches[t % len(batches)] for t in turns], loss, precision)
                 value = average(team, weights, value)
                 nn.utils.clip_grad_norm_(weights, 1.0)
                 reached = None  # a step that is broken off leaves some weights moved and others not
@@ -93,6 +107,17 @@ def train(
             if kept and reached is not None and n == 1:
                 kept.write(team, reached, weights, optimizer, states)
             raise
+
+
+def slopes(model, weights, batches, loss, precision: str | None) -> Tensor:
+    """Add to the weights' gradients the mean of those of the batches' losses; the mean loss."""
+    total, device, dtype = 0.0, weights[0].device.type, PRECISIONS[precision]
+    for ids in batches:
+        with torch.autocast(device, dtype) if dtype else nullcontext():
+            value = loss(model, ids) / len(batches)
+        value.backward()
+        total = total + value.detach()
+    return total
 
 
 def join(model: nn.Module, weights: list[nn.Parameter]):
@@ -142,6 +167,21 @@ def only(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
             p.requires_grad_(wanted)
         for part, mode in modes:
             part.training = mode
+        for p in weights:
+            p.grad = None
+
+
+@contextmanager
+def whole(weights: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """The weights themselves, put back as they were on an error."""
+    before = [p.detach().clone() for p in weights]
+    try:
+        yield weights
+    except BaseException:
+        for p, value in zip(weights, before, strict=True):
+            p.detach().copy_(value)
+        raise
+    finally:
         for p in weights:
             p.grad = None
 

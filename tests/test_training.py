@@ -16,7 +16,7 @@ from lightlib.sparsity.magnitude import magnitude
 from lightlib.training import fingerprint, next_token_loss, train
 from tests.conftest import VOCABULARY, random_model
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 class Bigrams(nn.Module):
@@ -106,6 +106,10 @@ def test_settings_without_sense_are_refused():
         fit(Bigrams(), [])
     with pytest.raises(ValueError, match="every=0"):
         fit(Bigrams(), some_ids(1), every=0)
+    with pytest.raises(ValueError, match="accumulate=0, precision=None"):
+        fit(Bigrams(), some_ids(1), accumulate=0)
+    with pytest.raises(ValueError, match="precision='fp8'"):
+        fit(Bigrams(), some_ids(1), precision="fp8")
 
 
 def test_the_bar_shows_the_loss_or_nothing(capsys):
@@ -115,6 +119,55 @@ def test_the_bar_shows_the_loss_or_nothing(capsys):
     assert "train" in shown and f"loss {losses[-1]:.3f}" in shown
     fit(Bigrams(), some_ids(2))
     assert capsys.readouterr() == ("", "")
+
+
+# several batches a step, and fewer bits
+def test_two_halves_of_a_batch_are_that_batch():
+    batches, losses = some_ids(3), [[], []]
+    halves = [half[None] for ids in batches for half in ids]
+    whole = fit(Bigrams(), batches, watch=lambda _, x: losses[0].append(x))
+    both = fit(Bigrams(), halves, accumulate=2, watch=lambda _, x: losses[1].append(x))
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6) and len(losses[0]) == 7
+    for p, q in zip(whole.parameters(), both.parameters(), strict=True):
+        assert_close(p, q, atol=1e-5, rtol=0)
+
+
+def test_the_same_batch_twice_a_step_is_that_batch_bit_by_bit():
+    ids = some_ids(2)
+    twice = [ids[0], ids[0], ids[1], ids[1]]
+    assert same(fit(Bigrams(), twice, accumulate=2), fit(Bigrams(), ids))
+
+
+def test_in_bf16_the_forward_rounds_and_weights_and_optimizer_do_not(llama, calib):
+    exact, seen = copy.deepcopy(llama), []
+    learning = list(llama.model.layers.parameters())
+
+    def loss(model, ids):
+        out = model(ids).logits
+        seen.append(out.dtype)
+        return cross_entropy(out[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+    losses = [[], []]
+    settings = {"steps": 4, "lr": 3e-3, "loss": loss, "progress": False}
+    train(llama, learning, calib, precision="bf16", watch=lambda _, x: losses[0].append(x), **settings)
+    train(
+        exact, [*exact.model.layers.parameters()], calib, watch=lambda _, x: losses[1].append(x), **settings
+    )
+    assert seen == [torch.bfloat16] * 4 + [torch.float32] * 4
+    assert all(p.dtype == torch.float32 for p in llama.parameters())
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3) and losses[0] != losses[1]
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_weight_seen_without_gradients_first_has_its_gradient_in_bf16(llama, calib):
+    def loss(model, ids):
+        with torch.no_grad():
+            model(ids)
+        return next_token_loss(model, ids)
+
+    before, learning = copy.deepcopy(llama), list(llama.model.layers.parameters())
+    train(llama, learning, calib, steps=2, lr=1e-2, loss=loss, precision="bf16", progress=False)
+    assert all(not torch.equal(p, q) for p, q in zip(learning, before.model.layers.parameters(), strict=True))
 
 
 # checkpoints
@@ -180,6 +233,9 @@ def test_another_training_is_refused_and_what_differs_is_named(tmp_path):
     calls = [
         ("of another training, with steps 7, now 8; take another folder", Bigrams(), {"steps": 8}),
         ("with lr 0.1, now 0.2;", Bigrams(), {"lr": 0.2}),
+        ("with accumulate 1, now 2;", Bigrams(), {"accumulate": 2}),
+        ("with precision None, now bf16;", Bigrams(), {"precision": "bf16"}),
+        ("with loss None, now another;", Bigrams(), {"shared": {"loss": "another"}}),
         (r"with batches 3 \(\w+\), now 3 \(\w+\);", Bigrams(), {"batches": some_ids(3, seed=1)}),
         (r"with frozen weights \w+, now \w+;", other, {}),
         (r"with weights 2 tensors, 77 values \(\w+\), now 1 tensors, 66 values", wide, {}),
@@ -223,7 +279,7 @@ SCRIPT = """
 import os
 import sys
 import torch
-from tests.adapters.test_training import Bigrams, fit, some_ids
+from tests.test_training import Bigrams, fit, some_ids
 
 seen = []
 model, rank = Bigrams(), int(os.environ["RANK"])

@@ -5,8 +5,7 @@ Han et al. 2015, arXiv:1506.02626: score, prune, fine-tune.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from lightlib.change import changing
 from lightlib.compact import letting_gradients_through
 from lightlib.decoder import find_blocks
 from lightlib.report import Compressed, Report
-from lightlib.training import next_token_loss, train
+from lightlib.training import next_token_loss, train, whole
 
 
 def recover(
@@ -75,18 +74,3 @@ def recover(
             for p, wanted in flags:
                 p.requires_grad_(wanted)
     return Compressed(light, Report(()))
-
-
-@contextmanager
-def whole(weights: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """The weights themselves, put back as they were on an error."""
-    before = [p.detach().clone() for p in weights]
-    try:
-        yield weights
-    except BaseException:
-        for p, value in zip(weights, before, strict=True):
-            p.detach().copy_(value)
-        raise
-    finally:
-        for p in weights:
-            p.grad = None
