@@ -1,6 +1,6 @@
 """Where in a text the real model still finds a fact, after its cache was cut to a budget.
 
-    OMP_NUM_THREADS=1 python data/scan_needles.py      # 20 minutes; writes data/needles.json
+    OMP_NUM_THREADS=1 python data/scan_needles.py      # 15 minutes; writes data/needles.json
 
 smollm2-135m in bfloat16 reads 512 tokens of the `prose` test split that hold a needle at a depth, and is
 asked for its number: after the cache was compressed ("after"), or with the question in the prompt ("within").
@@ -10,8 +10,6 @@ bits but for the newest 32 tokens. SnapKV's window is 64 tokens, or half of the 
 scan that was stopped goes on where it ended. Lesson 15 draws it.
 """
 
-import argparse
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +17,7 @@ from pathlib import Path
 
 import torch
 from scan_kv_cache import POLICIES
+from scanning import arguments, go_on, made_by, write
 from torch import Tensor, nn
 
 from lightlib.attention.interface import attend
@@ -71,28 +70,14 @@ def rounded(rows: Tensor) -> list[list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--file", type=Path, default=Path(__file__).with_name("needles.json"))
-    parser.add_argument("--most", type=int, help="stop after so many new maps")
-    flags = parser.parse_args()
+    flags = arguments(__doc__, Path(__file__).with_name("needles.json"))
     model, tokenizer = load_model(SETTINGS["model"], dtype=torch.bfloat16)
-    if flags.file.is_file():
-        found = json.loads(flags.file.read_text())
-        if found["settings"] != SETTINGS:
-            raise SystemExit(f"{flags.file} was made with other settings; move it away to begin anew")
-    else:
-        found = {
-            "command": "OMP_NUM_THREADS=1 python data/scan_needles.py", "settings": SETTINGS,
-            "torch": torch.__version__.partition("+")[0], "threads": torch.get_num_threads(), "maps": [],
-        }  # fmt: skip
+    head = made_by("OMP_NUM_THREADS=1 python data/scan_needles.py", SETTINGS)
+    found = go_on(flags.file, SETTINGS, lambda: {**head, "maps": []})
     done = [{key: one[key] for key in ("policy", "question")} for one in found["maps"]]
     for one in [one for one in plan() if one not in done][: flags.most]:
         found["maps"].append(measure(model, tokenizer, **one))
-        lines = ",\n".join(f"  {json.dumps(each)}" for each in found["maps"])
-        head = json.dumps({key: part for key, part in found.items() if key != "maps"}, indent=1)[:-2]
-        flags.file.write_text(f'{head},\n "maps": [\n{lines}\n ]\n}}\n')
+        write(flags.file, found, "maps")
         print(found["maps"][-1], flush=True)
 
 
