@@ -5,7 +5,6 @@
 The recipe, the tokenizer and the held-out acts are those of "tiny" (data/make_tiny.py).
 """
 
-import argparse
 import time
 from pathlib import Path
 
@@ -50,16 +49,7 @@ Sampled at temperature 0.7, top 40, seed 1, from the first line on:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=3200)
-    parser.add_argument("--batch", type=int, default=12)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--folder", type=Path, default=FOLDER)
-    flags = parser.parse_args()
+    flags = make_tiny.flags_of(__doc__, steps=3200, device="cpu", folder=FOLDER).parse_args()
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(make_tiny.FOLDER)
     ids = torch.tensor(tokenizer(load_text("plays", "calibration")).input_ids)

@@ -190,16 +190,21 @@ def describe(folder: Path, made: dict, page: str = CARD) -> None:
     print((folder / "README.md").read_text(), sum(f.stat().st_size for f in folder.iterdir()), "bytes in all")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=7000)
+def flags_of(about: str, steps: int, device: str, folder: Path) -> argparse.ArgumentParser:
+    """What a training of this kind can be told, with what it takes unless told."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--device", default=device)
+    parser.add_argument("--folder", type=Path, default=folder)
+    return parser
+
+
+def main() -> None:
+    gpu = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = flags_of(__doc__, steps=7000, device=gpu, folder=FOLDER)
     parser.add_argument(
         "--describe", action="store_true", help="write the card of what lies there; do not train"
     )

@@ -93,11 +93,12 @@ class Soft:
         x, gate = self.hidden.pop(module.layer_idx), self.gates[module.layer_idx]
         at = torch.arange(x.shape[1], device=x.device)
         kept = kept_so_far(alpha_sigmoid(gate(x, gate.key(x)).float(), self.alpha))  # (B, T, T)
-        past = sees(at, at, sliding_window) & (at[:, None] > at)
+        seen = sees(at, at, sliding_window)
+        past = seen & (at[:, None] > at)
         self.kept.append((kept * past).sum() / (len(kept) * past.sum().clamp_min(1)))
         # what is closed entirely is as good as unseen, and has no gradient
         bias = kept.clamp_min(torch.finfo(torch.float32).tiny).log()
-        bias = bias.masked_fill(~sees(at, at, sliding_window) | (kept == 0), -torch.inf)[:, None]
+        bias = bias.masked_fill(~seen | (kept == 0), -torch.inf)[:, None]
         return sdpa_attention_forward(module, q, k, v, bias.to(q.dtype), dropout=dropout, scaling=scaling)
 
 
@@ -134,7 +135,9 @@ class Hard(Soft):
         layer = layer_of(self.cache, module.layer_idx, k)
         x, gate = self.hidden.pop(module.layer_idx), self.gates[module.layer_idx]
         T, S = q.shape[2], k.shape[2]
-        keys = layer.beside.setdefault("gate keys", k.new_zeros(len(k), 1, S, gate.key.out_features))
+        if "gate keys" not in layer.beside:
+            layer.beside["gate keys"] = k.new_zeros(len(k), 1, S, gate.key.out_features)
+        keys = layer.beside["gate keys"]
         keys[:, 0, S - T :] = gate.key(x)
         kept = kept_so_far((gate(x, keys[:, 0]) > 0).float(), S - T)  # (B, T, S)
         at = torch.arange(layer.seen - T, layer.seen, device=q.device)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from lightlib.attention.batch_rows import BatchRows
 from lightlib.decoder import find_blocks
 
 GONE = torch.iinfo(torch.long).max  # the position of a slot whose token is gone: no query comes after it
@@ -33,7 +34,7 @@ def along(held: Tensor, index: Tensor) -> Tensor:
     return index.view(*index.shape, *[1] * len(inside)).expand(*index.shape, *inside)
 
 
-class EvictingLayer(CacheLayerMixin):
+class EvictingLayer(BatchRows, CacheLayerMixin):
     """The keys and values (B, K, S, D) of a block's tokens that are left, and their `positions` (B, K, S).
 
     seen: how many tokens have come by. beside: what a policy notes for each token, (B, K or 1, S, ...).
@@ -122,17 +123,7 @@ class EvictingLayer(CacheLayerMixin):
             "generate without assistance, or with a plain cache"
         )
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._for_each(lambda held: held.index_select(0, beam_idx.to(held.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._for_each(lambda held: held.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._for_each(lambda held: held[indices])
-
     def _for_each(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Change every tensor along the batch."""
         if self.is_initialized:
             self.held = {name: change(held) for name, held in self.held.items()}
             self.recent = {name: change(held) for name, held in self.recent.items()}

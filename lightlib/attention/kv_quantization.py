@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from lightlib.attention.batch_rows import BatchRows
 from lightlib.attention.kv_codes import ALONG, Packed, Rounding
 
 
-class PackedLayer(DynamicLayer):
+class PackedLayer(BatchRows, DynamicLayer):
     """A block's cache: packed groups of the oldest tokens, and `keys`, `values` (B, K, S, D) of the recent.
 
     Once `residual` + group_size tokens are recent, the oldest group_size of them are packed; after a long
@@ -76,17 +77,7 @@ class PackedLayer(DynamicLayer):
             )
         super().crop(tokens_to_remove)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._for_each(lambda held: held.index_select(0, beam_idx.to(held.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._for_each(lambda held: held.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._for_each(lambda held: held[indices])
-
     def _for_each(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Change every tensor along the batch."""
         if self.is_initialized:
             self.keys, self.values = change(self.keys), change(self.values)
         if self.packed is not None:
