@@ -6,6 +6,7 @@ from lightlib.exercise_data import (
     numbers,
     outliers,
     pruning,
+    quantum,
     shared_attention,
     slicegpt,
     sparse_kernels,
@@ -29,4 +30,5 @@ EXERCISES: dict[str, Exercise] = (
     | tensor_networks.EXERCISES
     | shared_attention.EXERCISES
     | kv_compression.EXERCISES
+    | quantum.EXERCISES
 )
