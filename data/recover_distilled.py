@@ -1,0 +1,76 @@
+"""Distil compressed models from their dense parent for 20 minutes each, and one of them on text alone.
+
+    python data/recover_distilled.py    # 80 minutes on two CPU cores; writes data/distilled_recovery.json
+
+smollm2-135m loses half of its weights to SparseGPT, or a quarter of every width to SliceGPT, and then learns
+on `prose` in bfloat16: what its parent says of the next token, or what the text says. The perplexity is that
+of the test split, which no training sees. A sliced model has the gains of its norms in its weights, which
+are a fourth as large, so that its rate is smaller too. Stopped, it goes on with the next run. Lesson 12
+draws the curves.
+"""
+
+from functools import partial
+from pathlib import Path
+
+from recovering import BATCH, LENGTH, curve, learning
+from scanning import SETTINGS, arguments, go_on, made_by, windows, write
+
+from lightlib.distillation.recover import recover
+from lightlib.measure import perplexity
+from lightlib.slicing.slicegpt import slicegpt
+from lightlib.sparsity.sparsegpt import sparsegpt
+from lightlib.zoo import load_model
+
+RECOVERY = {"minutes": 20, "precision": "bf16", "tokens_a_step": BATCH * LENGTH}
+SMALLER = {
+    "sparse": partial(sparsegpt, sparsity=0.5),
+    "sliced": partial(slicegpt, slice_fraction=0.25, rotations="block"),
+}
+LABELS = {"teacher": 0.0, "text": 1.0}  # the part of hard labels
+RATES = {"sparse": 3e-4, "sliced": 1e-4}
+EVERY = 24  # steps
+
+
+def plan() -> list[dict]:
+    return [
+        {"light": "sparse", "labels": "teacher"},
+        {"light": "sliced", "labels": "teacher"},
+        {"light": "sparse", "labels": "text"},
+    ]
+
+
+def measure(model, tokenizer, light: str, labels: str) -> dict:
+    """One recovery: its rate, and the curve of its perplexity."""
+    calibration, tests = (windows(tokenizer, **SETTINGS[part]) for part in ("calibration", "test"))
+    student = SMALLER[light](model, calibration, progress=False).model
+    train = partial(
+        recover, student, model, learning(tokenizer), minutes=RECOVERY["minutes"], lr=RATES[light],
+        hard=LABELS[labels], precision=RECOVERY["precision"], progress=False, inplace=True,
+    )  # fmt: skip
+    points = curve(student, tests, lambda watch: train(watch=watch), EVERY)
+    return {
+        "light": light, "labels": labels, "lr": RATES[light], "after": perplexity(student, tests),
+        "points": points,
+    }  # fmt: skip
+
+
+def main() -> None:
+    flags, settings = (
+        arguments(__doc__, Path(__file__).with_name("distilled_recovery.json")),
+        SETTINGS | RECOVERY,
+    )
+    model, tokenizer = load_model(SETTINGS["model"])
+
+    def begin() -> dict:
+        dense = perplexity(model, windows(tokenizer, **SETTINGS["test"]))
+        return {**made_by("python data/recover_distilled.py", settings), "dense": dense, "runs": []}
+
+    found = go_on(flags.file, settings, begin)
+    done = [{key: run[key] for key in plan()[0]} for run in found["runs"]]
+    for run in [run for run in plan() if run not in done][: flags.most]:
+        found["runs"].append(measure(model, tokenizer, **run))
+        write(flags.file, found, "runs")
+
+
+if __name__ == "__main__":
+    main()
