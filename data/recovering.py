@@ -12,9 +12,9 @@ from lightlib.zoo import batches, load_text
 BATCH, LENGTH, EVERY = 4, 256, 8
 
 
-def learning(tokenizer) -> list[Tensor]:
-    """The calibration split of the scans' text in batches of 4 x 256 tokens."""
-    text = load_text(SETTINGS["text"], split="calibration")
+def learning(tokenizer, name: str = SETTINGS["text"], most: int | None = None) -> list[Tensor]:
+    """The calibration split of a text, or its first so many characters, in batches of 4 x 256 tokens."""
+    text = load_text(name, split="calibration")[:most]
     n = len(tokenizer(text).input_ids) // LENGTH
     return batches(tokenizer, text, n=n, length=LENGTH, batch_size=BATCH)
 
