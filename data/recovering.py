@@ -12,15 +12,15 @@ from lightlib.zoo import batches, load_text
 BATCH, LENGTH, EVERY = 4, 256, 8
 
 
-def learning(tokenizer) -> list[Tensor]:
-    """The calibration split of the scans' text in batches of 4 x 256 tokens."""
-    text = load_text(SETTINGS["text"], split="calibration")
+def learning(tokenizer, name: str = SETTINGS["text"], most: int | None = None) -> list[Tensor]:
+    """The calibration split of a text, or its first so many characters, in batches of 4 x 256 tokens."""
+    text = load_text(name, split="calibration")[:most]
     n = len(tokenizer(text).input_ids) // LENGTH
     return batches(tokenizer, text, n=n, length=LENGTH, batch_size=BATCH)
 
 
-def curve(light: nn.Module, tests: list[Tensor], train: Callable) -> list[dict]:
-    """Perplexity of `light` before and at each eighth step of train(watch), which changes it in place.
+def curve(light: nn.Module, tests: list[Tensor], train: Callable, every: int = EVERY) -> list[dict]:
+    """Perplexity of `light` before and after each `every` steps of train(watch), which changes it in place.
 
     Seconds are those of the training alone.
     """
@@ -29,7 +29,7 @@ def curve(light: nn.Module, tests: list[Tensor], train: Callable) -> list[dict]:
 
     def watch(step: int, loss: float) -> None:
         nonlocal measuring
-        if (step + 1) % EVERY == 0:
+        if (step + 1) % every == 0:
             now = time.perf_counter()
             seconds = now - begin - measuring
             points.append(

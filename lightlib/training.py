@@ -42,13 +42,16 @@ def train(
     every: int = 50,
     accumulate: int = 1,
     precision: str | None = None,
+    warmup: int = 0,
     shared: dict[str, int | float | str] | None = None,
     progress: bool = True,
 ) -> None:
     """Let `weights`, and nothing else, learn in place: AdamW without decay, `lr` down a cosine to 0.
 
     Step s takes batch s, round and round; gradients are clipped to norm 1 and dropout is off, so that the
-    same call gives the same weights. watch: called with each step and its loss.
+    same call gives the same weights. watch: called with each step and its loss. warmup: over so many first
+    steps the rate rises to that of the cosine. Adam's first step moves each weight by the whole rate, however
+    small its gradient is, which harms a model that is nearly right.
 
     accumulate: so many batches a step, one after the other, step s the batches from s * accumulate on; the
     gradient is the mean of theirs, so that two halves of a batch are that batch. precision: "bf16" runs the
@@ -65,8 +68,11 @@ def train(
     """
     if not batches:
         raise ValueError("no batches to train on")
-    if steps < 0 or every < 1:
-        raise ValueError(f"steps={steps}, every={every}: steps cannot be negative, every must be at least 1")
+    if steps < 0 or every < 1 or warmup < 0:
+        raise ValueError(
+            f"steps={steps}, warmup={warmup}, every={every}: the first two cannot be negative, the last must "
+            "be at least 1"
+        )
     if accumulate < 1 or precision not in PRECISIONS:
         raise ValueError(
             f'accumulate={accumulate}, precision={precision!r}: give 1 or more, and None or "bf16"'
@@ -77,7 +83,7 @@ def train(
     kept = None
     if checkpoint is not None:
         settings = {"steps": steps, "lr": float(lr), "processes": n, "accumulate": accumulate}
-        settings |= {"precision": str(precision)} | (shared or {})
+        settings |= {"precision": str(precision), "warmup": warmup} | (shared or {})
         kept = Checkpoint.of(checkpoint, settings, model, weights, batches)
     reached = kept.read(weights, optimizer, i) if kept else 0
     with (
@@ -88,7 +94,7 @@ def train(
         try:
             for step in range(reached, steps):
                 for group in optimizer.param_groups:
-                    group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+                    group["lr"] = lr * share(step, steps, warmup)
                 optimizer.zero_grad()
                 turns = range(step * accumulate * n + i, (step + 1) * accumulate * n, n)
                 value = slopes(model, weights, [batches[t % len(batches)] for t in turns], loss, precision)
@@ -107,6 +113,15 @@ def train(
             if kept and reached is not None and n == 1:
                 kept.write(team, reached, weights, optimizer, states)
             raise
+
+
+def share(step: int, steps: int, warmup: int) -> float:
+    """Of the learning rate, at one of `steps`: a line up to a cosine, and that down to 0.
+
+    >>> [share(step, 4, 0) for step in (0, 2)], share(0, 4, 1)
+    ([1.0, 0.5], 0.5)
+    """
+    return min(1.0, (step + 1) / (warmup + 1)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def slopes(model, weights, batches, loss, precision: str | None) -> Tensor:

@@ -24,6 +24,7 @@ from lightlib.scores import (
     f1,
     mean,
     ngram_counts,
+    t_interval,
     wilson_interval,
 )
 from lightlib.task_data import EXAMPLES, GRAMMAR, STORIES, grammar_pairs, question_items
@@ -170,6 +171,19 @@ def test_wilson_interval_has_its_known_values():
     assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=5e-5)
     assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=5e-5)
     assert wilson_interval(10, 10) == pytest.approx((1 - 0.2775, 1.0), abs=5e-5)
+
+
+@pytest.mark.parametrize(("n", "t"), [(2, 12.706), (3, 4.303), (4, 3.182), (10, 2.262), (31, 2.042)])
+def test_t_interval_has_its_known_widths(n, t):
+    values = [1.0, 3.0] + [2.0] * (n - 2)
+    half = t * math.sqrt(2 / (n - 1) / n)
+    assert t_interval(values) == pytest.approx((2 - half, 2 + half), rel=1e-3)
+
+
+def test_t_interval_of_equal_values_has_no_width_and_one_value_is_refused():
+    assert t_interval([0.5] * 3) == (0.5, 0.5)
+    with pytest.raises(ValueError, match="1 values do not tell"):
+        t_interval([0.5])
 
 
 def test_bootstrap_interval_agrees_with_the_normal_one_and_repeats_itself():

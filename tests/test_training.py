@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from lightlib.adapters.recover import recover
 from lightlib.sparsity.magnitude import magnitude
-from lightlib.training import fingerprint, next_token_loss, train
+from lightlib.training import fingerprint, next_token_loss, share, train
 from tests.conftest import VOCABULARY, random_model
 
 ROOT = Path(__file__).parents[1]
@@ -82,6 +82,21 @@ def test_it_is_the_plain_loop_bit_by_bit(llama, calib):
     assert same(llama, plain) and seen == losses
 
 
+def test_a_warm_up_is_a_line_up_to_the_cosine_and_joins_it():
+    cosine = [share(step, 10, 0) for step in range(10)]
+    warmed = [share(step, 10, 4) for step in range(10)]
+    assert warmed == pytest.approx([c * min(1, (step + 1) / 5) for step, c in enumerate(cosine)])
+    assert cosine[0] == 1 and cosine[5] == 0.5 and warmed[4:] == cosine[4:] and max(warmed) < 1
+
+
+def test_adams_first_step_moves_each_weight_by_the_whole_rate_and_warmed_up_by_its_share():
+    for warmup, rate in ((0, 0.1), (3, 0.025)):
+        model, before = Bigrams(), Bigrams()
+        fit(model, some_ids(1), warmup=warmup, steps=1)
+        step = (model.head.weight - before.head.weight).abs()
+        assert_close(step, torch.full_like(step, rate), rtol=1e-3, atol=0)
+
+
 def test_what_it_turns_off_comes_back():
     model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5), nn.Linear(3, 1))
     model[0].weight.requires_grad_(False)
@@ -106,6 +121,8 @@ def test_settings_without_sense_are_refused():
         fit(Bigrams(), [])
     with pytest.raises(ValueError, match="every=0"):
         fit(Bigrams(), some_ids(1), every=0)
+    with pytest.raises(ValueError, match="steps=7, warmup=-1"):
+        fit(Bigrams(), some_ids(1), warmup=-1)
     with pytest.raises(ValueError, match="accumulate=0, precision=None"):
         fit(Bigrams(), some_ids(1), accumulate=0)
     with pytest.raises(ValueError, match="precision='fp8'"):

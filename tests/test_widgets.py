@@ -16,6 +16,7 @@ from lightlib.widgets.devices import DEVICES, this_machine
 from lightlib.widgets.explorer import CUSTOM, WIDGET_MIME, Explorer
 from lightlib.widgets.group_explorer import ZEROS, bits_per_weight, group_explorer, make_grid, round_matrix
 from lightlib.widgets.guess import Guess
+from lightlib.widgets.intervals import intervals
 from lightlib.widgets.latency_dissector import dissect, latency_dissector
 from lightlib.widgets.model_calculator import calculate, model_calculator
 from lightlib.widgets.number_line import EXAMPLE, number_line, round_on_line
@@ -387,6 +388,14 @@ def test_a_picture_reads_as_its_numbers():
     assert picture._repr_png_().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="nothing to draw"):
         bars({})
+
+
+def test_intervals_read_as_mean_and_bounds():
+    picture = intervals({"soft": [1.1, 1.2, 1.3], "hard": [2.0, 2.0]}, x="nll (nats a token)")
+    assert repr(picture) == "nll (nats a token): soft 1.2 (0.9516 to 1.448); hard 2 (2 to 2)"
+    assert picture._repr_png_().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="nothing to draw"):
+        intervals({}, x="nll")
 
 
 def test_the_front_keeps_what_none_beats():

@@ -43,6 +43,7 @@ def distill(
     lr: float = 1e-4,
     accumulate: int = 1,
     precision: str | None = None,
+    warmup: int = 0,
     weights: str | Sequence[str] = "all",
     checkpoint: str | Path | None = None,
     watch: Callable[[int, float], None] = lambda step, loss: None,
@@ -62,8 +63,9 @@ def distill(
     the windows' text. What is written is learned up to its end token, and its prompt is not.
 
     weights: "all" that are no codes, "blocks", or parts of parameters' names. steps, lr, accumulate,
-    precision, checkpoint, watch: see lightlib.training. The teacher may be on another device and in another
-    dtype; it stays as it is. Sparse layers keep their zeros and packed codes stay. The report has no rows.
+    precision, warmup, checkpoint, watch: see lightlib.training. The teacher may be on another device and in
+    another dtype; it stays as it is. Sparse layers keep their zeros and packed codes stay. The report has no
+    rows.
     Raises ValueError for two vocabularies, settings out of range, and where nothing can be trained.
     """
     hard = float(sequence_level if hard is None else hard)
@@ -90,6 +92,7 @@ def distill(
                 loss=Objective(teacher, loss, hard, temperature, on_policy, sequence_level, prompt, ready),
                 accumulate=accumulate,
                 precision=precision,
+                warmup=warmup,
                 shared=settings,
                 checkpoint=checkpoint,
                 watch=watch,

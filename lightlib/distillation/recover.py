@@ -21,6 +21,7 @@ from lightlib.report import Compressed
 
 TRIAL = 6  # steps that are timed; the first of them warms up
 MARGIN = 0.1  # of the minutes, kept for steps that turn out slower
+WARMUP = 0.05  # of the steps: a compressed model is nearly right, and a kick at the first step would harm it
 PLAN = "steps.json"
 
 
@@ -45,9 +46,10 @@ def recover(
 ) -> Compressed:
     """Distil `light` from its dense `teacher` for about so many `minutes`, and not more on an even machine.
 
-    A few steps that move nothing are timed; `distill` then takes as many as fit, down a cosine to 0. What
-    was sparse stays sparse, and sliced, pruned and factorized models keep their shapes. checkpoint: the same
-    call goes on with the number of steps that the first one found. The other settings: see `distill`.
+    A few steps that move nothing are timed; `distill` then takes as many as fit, the first of them to warm
+    up. What was sparse stays sparse, and sliced, pruned and factorized models keep their shapes. checkpoint:
+    the same call goes on with the number of steps that the first one found. The other settings: see
+    `distill`.
     Raises ValueError where not one step fits, and what `distill` raises.
     """
     if not minutes > 0:
@@ -68,7 +70,8 @@ def recover(
                 raise ValueError(f"minutes={minutes} leave no time for a step; give more, or smaller batches")
             if checkpoint is not None:
                 plan(checkpoint, minutes, steps)
-        return run(steps=steps, lr=lr, checkpoint=checkpoint, watch=watch, progress=progress)
+        warmup = round(WARMUP * steps)
+        return run(steps=steps, lr=lr, warmup=warmup, checkpoint=checkpoint, watch=watch, progress=progress)
 
 
 def steps_within(seconds: float, times: list[float], tokens: list[int], accumulate: int = 1) -> int:

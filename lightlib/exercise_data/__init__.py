@@ -1,6 +1,7 @@
 """The exercises of all lessons, by name: "NN.what"."""
 
 from lightlib.exercise_data import (
+    distillation,
     kv_compression,
     low_rank,
     numbers,
@@ -28,6 +29,7 @@ EXERCISES: dict[str, Exercise] = (
     | slicegpt.EXERCISES
     | low_rank.EXERCISES
     | tensor_networks.EXERCISES
+    | distillation.EXERCISES
     | shared_attention.EXERCISES
     | kv_compression.EXERCISES
     | quantum.EXERCISES

@@ -9,6 +9,7 @@ from lightlib.widgets.style import PALETTE, WIDTH, new_figure, panels, styled
 
 MARKS = "os^DvP"
 MOST_SAID = 6  # points of a curve that are read out
+MOST_INSIDE = 4  # lines whose names find room between the lines
 
 
 def curves(
@@ -28,8 +29,8 @@ def curves(
     if not any(len(points) for points in lines.values()):
         raise ValueError("curves: there is nothing to draw; give {name: [(x, y), ...]}")
     with styled():
-        fig = new_figure((WIDTH, 3.2))
-        (ax,) = panels(fig, (1,), (0.85,), right=0.4)
+        fig, beside = new_figure((WIDTH, 3.2)), len(lines) > MOST_INSIDE
+        (ax,) = panels(fig, (1,), (0.85,), right=0.8 + 0.085 * max(map(len, lines)) if beside else 0.4)
         for i, (name, points) in enumerate(lines.items()):
             mark = MARKS[i % len(MARKS)] if marks else ""
             color = PALETTE[i % len(PALETTE)]
@@ -41,7 +42,7 @@ def curves(
                 plain_logarithm(axis)
         ax.grid(True)
         if len(lines) > 1:
-            ax.legend(loc="best")
+            ax.legend(**{"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if beside else {"loc": "best"})
     said = "; ".join(f"{name} {' '.join(read(points))}" for name, points in lines.items())
     return Picture(fig, f"{title or f'{y} over {x}'}: {said}")
 

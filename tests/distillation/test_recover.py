@@ -63,7 +63,7 @@ def test_timing_moves_nothing_so_it_is_the_distillation_of_as_many_steps(monkeyp
     light = magnitude(teacher, sparsity=0.6, progress=False).model
     ticking(monkeypatch)
     found = run(light, teacher, minutes=0.5)  # 27 s, less 7
-    settings = {"lr": 3e-3, "weights": "blocks", "progress": False}
+    settings = {"lr": 3e-3, "warmup": 1, "weights": "blocks", "progress": False}
     known = distill(light, windows(), teacher=teacher, steps=20, **settings).model
     assert same(found, known)
 
