@@ -1,6 +1,6 @@
 """Draw faces of 25 x 25 pixels with decoders of one size whose front ends differ: circuits, Fourier features.
 
-    OMP_NUM_THREADS=1 python data/scan_faces.py  # NN minutes; writes data/faces.json
+    OMP_NUM_THREADS=1 python data/scan_faces.py  # 8 minutes; writes data/faces.json
 
 Of 100 faces 80 are learnt, each with a code of its own, and 20 are held out. `tried`: how well a decoder that
 learnt 64 of the 80 gives the other 16 (PSNR in dB, fitting their codes alone), for every knob, which is the

@@ -16,6 +16,7 @@ ACRONYMS = {
     "mlp": "MLP",
     "rms": "RMS",
     "csl": "CSL",
+    "mse": "MSE",
     "csr": "CSR",
 }
 
