@@ -232,7 +232,7 @@ def test_a_constructor_and_a_preset_set_what_is_shown():
     assert small_fit(steps=30).values["steps"] == 30
     ex = small_fit().set(preset="SIREN, omega 30")
     assert ex.values["scale"] == 30 and set(PRESETS) == set(ex.presets)
-    assert repr(ex).startswith("signal_fit(preset='SIREN, omega 30', signal='chirp', steps=0) -> mse")
+    assert repr(ex).startswith("signal_fit(preset='SIREN, omega 30', signal='chirp', steps=0) -> MSE")
 
 
 def test_the_button_begins_and_ends_slices_that_the_browser_asks_for():

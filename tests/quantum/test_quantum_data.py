@@ -92,6 +92,13 @@ def test_a_picture_twice_as_fine_is_no_better_than_bicubic(found, script):
         assert mean(found, "camera", ("siren", 10.0), key) > mean(found, "camera", ("qiren", 1.0), key)
 
 
+def test_nearer_at_the_points_is_not_nearer_between_them(found):
+    ten, thirty = ("siren", 10.0), ("siren", 30.0)
+    assert mean(found, "camera", thirty, "best") < 0.8 * mean(found, "camera", ten, "best")
+    assert mean(found, "camera", thirty, "psnr") < mean(found, "camera", ten, "psnr") + 0.1
+    assert mean(found, "camera", ("rff", 4.0), "psnr") < 12
+
+
 # matrices
 def beside(found, task):
     (row,) = (r for r in found["beside"] if r["task"] == task)
