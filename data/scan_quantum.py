@@ -1,15 +1,15 @@
-"""Fit three signals and three matrices with QIREN and with classical networks of as many parameters.
+"""Fit three pictures, two signals and three matrices with QIREN and classical networks of as many parameters.
 
-    OMP_NUM_THREADS=1 python data/scan_quantum.py  # 20 minutes; writes data/quantum.json
+    OMP_NUM_THREADS=1 python data/scan_quantum.py  # 45 minutes; writes data/quantum.json
 
 A row is one kind of network on one task: 300 full-batch Adam steps at each of four rates with each of three
 seeds, which draw the initial weights. `rates` holds the mean over the seeds of each run's least error; the
 best of them is the rate of the row, and `best` and `last` are the errors (MSE) of its three runs. For signals
 they are of values in [-1, 1], for matrices over the mean square, so that the relative error is their root.
-Of the picture also how well the fit to 32 x 32 gives 64 x 64 (PSNR in dB, SSIM), as bicubic interpolation
-does. Beside the matrices: the truncated SVD with at most as many numbers, and plain rounding (RTN) in at most
-as many bits as the parameters take in float32. A scan that was stopped goes on where it ended. Lesson 20
-draws it.
+Of pictures also how well the fit to 32 x 32 gives 64 x 64 (PSNR in dB, SSIM), as bicubic interpolation does.
+A few rows are of eight qubits, as QIREN's authors have them. Beside the matrices: the truncated SVD with at
+most as many numbers, and plain rounding (RTN) in at most as many bits as the parameters take in float32. A
+scan that was stopped goes on where it ended. Lesson 20 draws it.
 """
 
 import statistics
@@ -25,32 +25,51 @@ from lightlib.quantum import matrix
 from lightlib.quantum.baselines import count, sized
 from lightlib.quantum.fitting import fit, predict
 from lightlib.quantum.layer import QIREN
-from lightlib.quantum.signals import Signal, as_signal, bicubic, chirp, grid, picture, psnr, sound, ssim
+from lightlib.quantum.signals import (
+    PICTURES,
+    Signal,
+    as_signal,
+    bicubic,
+    chirp,
+    grid,
+    picture,
+    psnr,
+    sound,
+    ssim,
+)
 from lightlib.report import relative_error
 from lightlib.zoo import load_model
 
 SETTINGS = {
-    "qubits": 6, "steps": 300, "rates": [0.003, 0.01, 0.03, 0.1], "seeds": [0, 1, 2], "side": 32, "finer": 64,
+    "steps": 300, "rates": [0.003, 0.01, 0.03, 0.1], "seeds": [0, 1, 2], "side": 32, "finer": 64,
     "block": 48, "model": "tiny", "layer": "model.layers.1.self_attn.o_proj", "waves": 8,
 }  # fmt: skip
-SIGNALS, MATRICES = ("camera", "sound", "chirp"), ("weights", "shuffled", "smooth")
+SIGNALS, MATRICES = (*PICTURES, "sound", "chirp"), ("weights", "shuffled", "smooth")
+QUBITS = 6
 # kind and its knob: QIREN's first gain, SIREN's omega, the random features' sigma
+SIREN_ARMS = [("siren", omega) for omega in (1.0, 10.0, 30.0)]
 ARMS = [
-    *(("qiren", gain) for gain in (1.0, 3.0, 10.0)), *(("siren", omega) for omega in (1.0, 10.0, 30.0)),
+    *(("qiren", gain) for gain in (1.0, 3.0, 10.0)), *SIREN_ARMS,
     *(("rff", sigma) for sigma in (0.5, 1.0, 2.0, 4.0, 8.0)), ("relu", None), ("tanh", None),
 ]  # fmt: skip
 FOR_MATRICES = [
     *(("qiren", gain) for gain in (1.0, 10.0)), *(("siren", omega) for omega in (10.0, 30.0)),
     ("rff", 1.0), ("relu", None),
 ]  # fmt: skip
+# with as many qubits as QIREN's authors take
+LARGER = 8
+FOR_LARGER = [(task, arm) for task in ("camera", "sound") for arm in (("qiren", 1.0), *SIREN_ARMS)]
 KNOB = {"siren": "omega", "rff": "sigma"}
 
 
 def plan() -> list[dict]:
     """The rows."""
-    pairs = [(task, arm) for task in SIGNALS for arm in ARMS]
-    pairs += [(task, arm) for task in MATRICES for arm in FOR_MATRICES]
-    return [{"task": task, "kind": kind, "knob": knob} for task, (kind, knob) in pairs]
+    pairs = [(QUBITS, task, arm) for task in SIGNALS for arm in ARMS]
+    pairs += [(QUBITS, task, arm) for task in MATRICES for arm in FOR_MATRICES]
+    pairs += [(LARGER, task, arm) for task, arm in FOR_LARGER]
+    return [
+        {"task": task, "kind": kind, "knob": knob, "qubits": qubits} for qubits, task, (kind, knob) in pairs
+    ]
 
 
 def matrices() -> dict[str, Tensor]:
@@ -63,29 +82,32 @@ def matrices() -> dict[str, Tensor]:
 
 
 def tasks() -> dict[str, Signal]:
-    signals = {"camera": as_signal(picture("camera", SETTINGS["side"])), "sound": sound(), "chirp": chirp()}
+    signals = {name: as_signal(picture(name, SETTINGS["side"])) for name in PICTURES}
+    signals |= {"sound": sound(), "chirp": chirp()}
     return signals | {name: matrix.as_function(W) for name, W in matrices().items()}
 
 
-def network(inputs: int, kind: str, knob: float | None, seed: int) -> nn.Module:
-    """QIREN of six qubits, or the classical network with the number of parameters nearest to its."""
+def network(inputs: int, kind: str, knob: float | None, qubits: int, seed: int) -> nn.Module:
+    """QIREN of so many qubits, or the classical network with the number of parameters nearest to its."""
     generator = torch.Generator().manual_seed(seed)
     if kind == "qiren":
-        return QIREN(inputs, 1, qubits=SETTINGS["qubits"], gain=knob, generator=generator)
-    size = count(QIREN(inputs, 1, qubits=SETTINGS["qubits"], generator=generator))
+        return QIREN(inputs, 1, qubits=qubits, gain=knob, generator=generator)
+    size = count(QIREN(inputs, 1, qubits=qubits, generator=generator))
     generator.manual_seed(seed)
     knobs = {KNOB[kind]: knob} if kind in KNOB else {}
     return sized(kind, inputs, 1, size, generator=generator, **knobs)
 
 
-def run(signal: Signal, task: str, kind: str, knob: float | None, seed: int, rate: float) -> dict:
+def run(
+    signal: Signal, task: str, kind: str, knob: float | None, qubits: int, seed: int, rate: float
+) -> dict:
     """One fit."""
-    model = network(signal.x.shape[1], kind, knob, seed)
+    model = network(signal.x.shape[1], kind, knob, qubits, seed)
     made = fit(model, signal.x, signal.y, steps=SETTINGS["steps"], lr=rate, progress=False)
     found = {"parameters": count(model), "best": made.best, "last": made.last, "seconds": made.seconds}
-    if task == "camera":
+    if task in PICTURES:
         n = SETTINGS["finer"]
-        found |= compared(picture("camera", n), predict(model, grid(n, n)).view(n, n))
+        found |= compared(picture(task, n), predict(model, grid(n, n)).view(n, n))
     return found
 
 
@@ -127,11 +149,13 @@ def beside(name: str, W: Tensor, size: int) -> dict:
 
 def begun() -> dict:
     """The head of the file: what needs no training."""
-    size = count(network(2, "qiren", 1.0, 0))
+    size = count(network(2, "qiren", 1.0, QUBITS, 0))
     side, finer = SETTINGS["side"], SETTINGS["finer"]
     return {
         **made_by("OMP_NUM_THREADS=1 python data/scan_quantum.py", SETTINGS),
-        "bicubic": compared(picture("camera", finer), bicubic(picture("camera", side), finer)),
+        "bicubic": {
+            name: compared(picture(name, finer), bicubic(picture(name, side), finer)) for name in PICTURES
+        },
         "variance": {name: short(s.y.var(correction=0).item()) for name, s in tasks().items()},
         "beside": [beside(name, W, size) for name, W in matrices().items()],
         "rows": [],
