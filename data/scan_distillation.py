@@ -16,7 +16,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
-from scanning import arguments, go_on, made_by, write
+from scanning import Texts, arguments, go_on, made_by, write
 from torch import Tensor, nn
 
 from lightlib.distillation.distill import distill
@@ -26,7 +26,7 @@ from lightlib.distillation.minillm import minillm
 from lightlib.distillation.sampling import sample
 from lightlib.distillation.students import fewer_layers
 from lightlib.measure import divergence, perplexity
-from lightlib.zoo import batches, load_model, load_text
+from lightlib.zoo import load_model
 
 SETTINGS = {
     "model": "tiny", "text": "plays", "keep": 2, "seeds": [0, 1, 2], "length": 64, "batch": 16,
@@ -55,24 +55,6 @@ WAYS = {
 }
 
 
-class Texts:
-    """Windows (n, 64) of the plays: to learn from, to choose the rate on, and to test on, in batches."""
-
-    def __init__(self, tokenizer):
-        def cut(split: str, n: int | None) -> Tensor:
-            text = load_text(SETTINGS["text"], split=split)
-            return torch.cat(batches(tokenizer, text, n=n, length=SETTINGS["length"]))
-
-        learn = cut("calibration", None)
-        self.learn, self.held = learn[: -SETTINGS["held_out"]], learn[-SETTINGS["held_out"] :].split(32)
-        self.test = cut("test", SETTINGS["test_windows"])
-
-    def order(self, seed: int, steps: int) -> list[Tensor]:
-        """The batches of one run."""
-        places = torch.randperm(len(self.learn), generator=torch.Generator().manual_seed(seed))
-        return list(self.learn[places[: steps * SETTINGS["batch"]]].split(SETTINGS["batch"]))
-
-
 def plan() -> list[dict]:
     """The runs of both parts, all with the first seed first."""
     parts = [("labels", name) for name in LABELS] + [("writing", name) for name in WAYS]
@@ -91,7 +73,7 @@ def tried(teacher: nn.Module, texts: Texts, name: str) -> dict[str, float]:
     found = {}
     for rate in SETTINGS["rates"]:
         student = learnt(teacher, texts, name, rate, seed=100, steps=SETTINGS["steps"] // 3)
-        found[str(rate)] = round(math.log(perplexity(student, list(texts.held))), 4)
+        found[str(rate)] = round(math.log(perplexity(student, list(texts.held.split(32)))), 4)
     print(name, found, flush=True)
     return found
 
@@ -149,7 +131,7 @@ def begun(teacher: nn.Module, texts: Texts) -> dict:
 def main() -> None:
     flags = arguments(__doc__, Path(__file__).with_name("distillation.json"))
     teacher, tokenizer = load_model(SETTINGS["model"])
-    texts = Texts(tokenizer)
+    texts = Texts(tokenizer, SETTINGS)
     found = go_on(flags.file, SETTINGS, lambda: begun(teacher, texts))
     rates = {name: float(min(tries, key=tries.get)) for name, tries in found["rates"].items()}
 

@@ -14,14 +14,14 @@ import time
 from pathlib import Path
 
 import torch
-from scanning import arguments, go_on, made_by, write
+from scanning import Texts, arguments, go_on, made_by, write
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lightlib.adapters.recover import recover
 from lightlib.attention.gqa import share_heads
 from lightlib.measure import perplexity
-from lightlib.zoo import batches, load_model, load_text
+from lightlib.zoo import load_model
 
 SETTINGS = {
     "model": "mha", "text": "plays", "length": 256, "batch": 12, "steps": 160, "test_windows": 64,
@@ -33,49 +33,31 @@ CONTROL = ("control", 8)
 TRAINED = (CONTROL, *(("mean", g) for g in KV_HEADS), *((how, 2) for how in HOWS[1:]))
 
 
-class Texts:
-    """Windows (n, 256) of the text: to learn from, to choose the rate on, and to test on, in batches."""
-
-    def __init__(self, tokenizer):
-        def cut(split: str, n: int | None) -> Tensor:
-            text = load_text(SETTINGS["text"], split=split)
-            return torch.cat(batches(tokenizer, text, n=n, length=SETTINGS["length"]))
-
-        learn = cut("calibration", None)
-        self.learn, held = learn[: -SETTINGS["held_out"]], learn[-SETTINGS["held_out"] :]
-        self.held, self.test = held.split(32), cut("test", SETTINGS["test_windows"]).split(32)
-        self.calibration = list(learn[: SETTINGS["calibration_windows"]].split(8))
-
-    def order(self, seed: int, steps: int) -> list[Tensor]:
-        """The batches of one run."""
-        places = torch.randperm(len(self.learn), generator=torch.Generator().manual_seed(seed))
-        return list(self.learn[places[: steps * SETTINGS["batch"]]].split(SETTINGS["batch"]))
-
-
 def plan() -> list[dict]:
     """The runs, every arm with the first seed first."""
     return [{"how": how, "kv_heads": g, "seed": s} for s in SETTINGS["seeds"] for how, g in TRAINED]
 
 
-def nll(model: nn.Module, windows) -> float:
-    return round(math.log(perplexity(model, list(windows))), 4)
+def nll(model: nn.Module, windows: Tensor) -> float:
+    return round(math.log(perplexity(model, list(windows.split(32)))), 4)
 
 
 def shared(model: nn.Module, texts: Texts, how: str, kv_heads: int, seed: int = 0) -> nn.Module:
     """The model with so many heads; the control keeps its own."""
     how = "mean" if how == CONTROL[0] else how
-    return share_heads(model, texts.calibration, kv_heads=kv_heads, how=how, seed=seed, progress=False).model
+    calibration = list(texts.learn[: SETTINGS["calibration_windows"]].split(8))
+    return share_heads(model, calibration, kv_heads=kv_heads, how=how, seed=seed, progress=False).model
 
 
 @torch.no_grad()
 def at_once(model: nn.Module, texts: Texts, how: str, kv_heads: int) -> dict:
     """What sharing costs before any training, and what it saves."""
     light, cache = shared(model, texts, how, kv_heads), DynamicCache()
-    light(texts.test[0], past_key_values=cache, use_cache=True)
+    light(texts.test[:32], past_key_values=cache, use_cache=True)
     held = sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
     return {
         "how": how, "kv_heads": kv_heads, "nll": nll(light, texts.test),
-        "parameters": light.num_parameters(), "kv_bytes_per_token": held // texts.test[0].numel(),
+        "parameters": light.num_parameters(), "kv_bytes_per_token": held // texts.test[:32].numel(),
     }  # fmt: skip
 
 
@@ -124,7 +106,7 @@ def begun(model: nn.Module, texts: Texts) -> dict:
 def main() -> None:
     flags = arguments(__doc__, Path(__file__).with_name("shared_attention.json"))
     model, tokenizer = load_model(SETTINGS["model"])
-    texts = Texts(tokenizer)
+    texts = Texts(tokenizer, SETTINGS)
     found = go_on(flags.file, SETTINGS, lambda: begun(model, texts))
     done = [{key: run[key] for key in plan()[0]} for run in found["runs"]]
     for run in [run for run in plan() if run not in done][: flags.most]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lightlib.measure import perplexity, size
 from lightlib.zoo import batches, load_model, load_text
@@ -76,3 +77,21 @@ def write(file: Path, found: dict, *lists: str) -> None:
     head = json.dumps({key: part for key, part in found.items() if key not in lists}, indent=1)[:-2]
     rows = [f' "{key}": [\n  ' + ",\n  ".join(map(json.dumps, found[key])) for key in lists]
     file.write_text(head + ",\n" + "\n ],\n".join(rows) + "\n ]\n}\n")
+
+
+class Texts:
+    """Windows (n, length) of a text: to learn from, to choose the rate on, and to test on."""
+
+    def __init__(self, tokenizer, settings: dict):
+        def cut(split: str, n: int | None) -> Tensor:
+            text = load_text(settings["text"], split=split)
+            return torch.cat(batches(tokenizer, text, n=n, length=settings["length"]))
+
+        learn, held = cut("calibration", None), settings["held_out"]
+        self.learn, self.held = learn[:-held], learn[-held:]
+        self.test, self.batch = cut("test", settings["test_windows"]), settings["batch"]
+
+    def order(self, seed: int, steps: int) -> list[Tensor]:
+        """The batches of one run."""
+        places = torch.randperm(len(self.learn), generator=torch.Generator().manual_seed(seed))
+        return list(self.learn[places[: steps * self.batch]].split(self.batch))

@@ -101,7 +101,7 @@ def test_the_training_alone_does_the_model_with_all_heads_no_good(found):
 
 def test_a_figure_comes_out_again(found, script):
     model, tokenizer = load_model("mha")
-    texts = script.Texts(tokenizer)
+    texts = script.Texts(tokenizer, script.SETTINGS)
     for how in ("mean", "aligned"):
         kept = next(r for r in found["at_once"] if (r["how"], r["kv_heads"]) == (how, 2))
         again = script.at_once(model, texts, how, 2)

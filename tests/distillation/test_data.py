@@ -76,7 +76,7 @@ def test_reverse_kl_is_worse_on_peoples_text_and_better_in_what_it_writes(scan):
 @pytest.mark.model
 def test_what_needs_no_training_comes_out_again(scan):
     made, (teacher, tokenizer) = data_script("scan_distillation"), load_model("tiny")
-    texts = made.Texts(tokenizer)
+    texts = made.Texts(tokenizer, made.SETTINGS)
     n, length = scan["settings"]["prompts"], scan["settings"]["prompt"] + scan["settings"]["new"]
     assert made.judged(texts.test[:n, :length], teacher) == pytest.approx(scan["people"], abs=2e-3)
     cut = made.fewer_layers(teacher, keep=scan["settings"]["keep"])
