@@ -19,7 +19,8 @@ from lightlib.distillation.losses import Loss, forward_kl
 from lightlib.distillation.matching import Match
 from lightlib.report import Compressed
 
-TRIAL = 6  # steps that are timed; the first of them warms up
+TRIALS = 2, 6  # steps that are timed, the first of which warms up; six more where two were quick
+QUICK = 0.1  # of the minutes
 MARGIN = 0.1  # of the minutes, kept for steps that turn out slower
 WARMUP = 0.05  # of the steps: a compressed model is nearly right, and a kick at the first step would harm it
 PLAN = "steps.json"
@@ -62,8 +63,7 @@ def recover(
         )  # fmt: skip
         steps = None if checkpoint is None else planned(checkpoint, minutes)
         if steps is None:
-            times = []
-            run(steps=TRIAL, lr=0.0, watch=lambda *_: times.append(perf_counter()), progress=False)
+            times = timed(run, 60 * minutes * QUICK)
             left = 60 * minutes * (1 - MARGIN) - (perf_counter() - begin)
             steps = agreed(steps_within(left, times, [ids.numel() for ids in batches], accumulate))
             if not steps:
@@ -72,6 +72,17 @@ def recover(
                 plan(checkpoint, minutes, steps)
         warmup = round(WARMUP * steps)
         return run(steps=steps, lr=lr, warmup=warmup, checkpoint=checkpoint, watch=watch, progress=progress)
+
+
+def timed(run: Callable, quick: float) -> list[float]:
+    """When the steps of a trial that moves nothing ended: of a longer one if two took up to `quick` s."""
+    begin = perf_counter()
+    for trial in TRIALS:
+        times = []
+        run(steps=trial, lr=0.0, watch=lambda *_, at=times: at.append(perf_counter()), progress=False)
+        if perf_counter() - begin > quick:
+            break
+    return times
 
 
 def steps_within(seconds: float, times: list[float], tokens: list[int], accumulate: int = 1) -> int:

@@ -47,8 +47,8 @@ def test_whatever_was_compressed_comes_nearer_to_its_parent_in_its_own_shape(kin
     before = copy.deepcopy(light)
     ticking(monkeypatch, step=2.0)
     better = run(light, teacher, lr=2e-4, watch=lambda _, x: seen.append(x))
-    # 60 s less a tenth, less 14 s until the trial has ended, at 2 s a step
-    assert len(seen) == 20 and same(light, before)
+    # 60 s less a tenth, less 24 s until the trials have ended, at 2 s a step
+    assert len(seen) == 15 and same(light, before)
     assert divergence(better, teacher, windows()).mean_kl < divergence(light, teacher, windows()).mean_kl
     shapes = [{name: t.shape for name, t in m.state_dict().items()} for m in (better, light)]
     assert shapes[0] == shapes[1]
@@ -62,10 +62,18 @@ def test_timing_moves_nothing_so_it_is_the_distillation_of_as_many_steps(monkeyp
     teacher = sharp()
     light = magnitude(teacher, sparsity=0.6, progress=False).model
     ticking(monkeypatch)
-    found = run(light, teacher, minutes=0.5)  # 27 s, less 7
+    found = run(light, teacher, minutes=0.5)  # 27 s, less 12
     settings = {"lr": 3e-3, "warmup": 1, "weights": "blocks", "progress": False}
-    known = distill(light, windows(), teacher=teacher, steps=20, **settings).model
+    known = distill(light, windows(), teacher=teacher, steps=15, **settings).model
     assert same(found, known)
+
+
+def test_where_steps_are_slow_two_are_timed_and_the_others_move_something(monkeypatch):
+    teacher, seen = sharp(), []
+    light = magnitude(teacher, sparsity=0.6, progress=False).model
+    ticking(monkeypatch, step=5.0)
+    run(light, teacher, watch=lambda step, _: seen.append(step))
+    assert seen == list(range(5))  # 54 s, less 25
 
 
 def test_the_number_of_steps_is_what_fits_by_the_mean_time_a_token():
@@ -84,8 +92,8 @@ def test_a_time_in_which_no_step_fits_is_refused_and_the_model_is_as_it_was(monk
     with pytest.raises(ValueError, match="minutes=0: recovery takes time"):
         run(light, teacher, minutes=0)
     ticking(monkeypatch)
-    with pytest.raises(ValueError, match=r"minutes=0.1 leave no time for a step; give more"):
-        run(light, teacher, minutes=0.1, inplace=True)
+    with pytest.raises(ValueError, match=r"minutes=0.05 leave no time for a step; give more"):
+        run(light, teacher, minutes=0.05, inplace=True)
     assert same(light, before)
 
 
@@ -102,10 +110,10 @@ def test_broken_off_it_goes_on_with_the_steps_that_it_had_planned(monkeypatch, t
     ticking(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run(light, teacher, minutes=0.5, checkpoint=tmp_path, watch=broken)
-    assert json.loads((tmp_path / "steps.json").read_text()) == {"minutes": 0.5, "steps": 20}
+    assert json.loads((tmp_path / "steps.json").read_text()) == {"minutes": 0.5, "steps": 15}
     ticking(monkeypatch, step=0.1)  # the machine is faster now
     again = run(light, teacher, minutes=0.5, checkpoint=tmp_path, watch=lambda s, _: steps.append(s))
-    assert steps == list(range(10, 20)) and same(again, whole)
+    assert steps == list(range(10, 15)) and same(again, whole)
     with pytest.raises(ValueError, match=r"is of a recovery in 0\.5 minutes, now 1\.0; take another folder"):
         run(light, teacher, checkpoint=tmp_path)
 
