@@ -28,13 +28,12 @@ from scanning import arguments, go_on, made_by, write
 from torch import Tensor
 
 from lightlib.quantum.baselines import count
+from lightlib.quantum.eigenfaces import eigenfaces, frechet
 from lightlib.quantum.generator import (
     Decoder,
     Trained,
     build,
     draw,
-    eigenfaces,
-    frechet,
     gaussian,
     generate,
     reconstruct,

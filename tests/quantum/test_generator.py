@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from lightlib.quantum.baselines import count
 from lightlib.quantum.circuit import run
+from lightlib.quantum.eigenfaces import eigenfaces, frechet
 from lightlib.quantum.generator import (
     FRONTS,
     CircuitFeatures,
@@ -17,8 +18,6 @@ from lightlib.quantum.generator import (
     behind,
     build,
     draw,
-    eigenfaces,
-    frechet,
     gaussian,
     generate,
     reconstruct,
