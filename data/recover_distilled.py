@@ -23,7 +23,7 @@ from lightlib.distillation.recover import recover
 from lightlib.measure import perplexity
 from lightlib.slicing.slicegpt import slicegpt
 from lightlib.sparsity.sparsegpt import sparsegpt
-from lightlib.zoo import batches, load_model, load_text
+from lightlib.zoo import load_model
 
 RECOVERY = {
     "minutes": 20, "precision": "bf16", "tokens_a_step": BATCH * LENGTH, "learn": ["prose", "plays"],
@@ -47,12 +47,8 @@ def in_turns(tokenizer) -> list[Tensor]:
 
 def measured(model: nn.Module, tokenizer) -> dict[str, float]:
     """Perplexity on the test split of either text."""
-    test = SETTINGS["test"]
     return {
-        name: perplexity(
-            model,
-            batches(tokenizer, load_text(name, split=test["split"]), n=test["n"], length=test["length"]),
-        )
+        name: perplexity(model, windows(tokenizer, **SETTINGS["test"], text=name))
         for name in RECOVERY["learn"]
     }
 

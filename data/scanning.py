@@ -20,8 +20,8 @@ SETTINGS = {
 }
 
 
-def windows(tokenizer, split: str, n: int, length: int) -> list:
-    return batches(tokenizer, load_text(SETTINGS["text"], split=split), n=n, length=length)
+def windows(tokenizer, split: str, n: int, length: int, text: str = SETTINGS["text"]) -> list:
+    return batches(tokenizer, load_text(text, split=split), n=n, length=length)
 
 
 def scan(about: str, script: Path, points: list[dict], measure: Callable[..., dict]) -> None:
